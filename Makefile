@@ -1,0 +1,54 @@
+# Two commands: `make train`, `make test`. Each sets up its own .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help setup train infer test test-all check format dry-run clean
+
+help:
+	@echo "make train     set up, then train the tiny preset on 8 fake CPU devices (at most 5 minutes)"
+	@echo "make test      set up, then run the first tier of tests (at most 20 minutes on 2 cores)"
+	@echo "make test-all  both tiers;   make check  lint and types;   make infer  talk to the packaged model"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+		echo "setting up $(VENV) with uv"; \
+		uv venv -q --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	else \
+		echo "setting up $(VENV) with venv and pip"; \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $(STAMP)
+
+train: $(STAMP)
+	$(BIN)/python train.py $(ARGS)
+
+infer: $(STAMP)
+	$(BIN)/python infer.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,68 @@
+"""What all benchmarks share: how results are written.
+
+benchmarks/results/NAME.json = {"device", "jax", "commit", "command", "rows": [...]}
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's and its number of cores."""
+    import os
+
+    import jax
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()} CPU, {cores} cores"
+
+
+def commit() -> str:
+    """The short hash of the checked-out commit, with + when files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+        "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
+
+
+def write_results(
+    name: str, rows: Sequence[dict[str, Any]], command: str | None = None, **more: Any
+) -> Path:
+    """Writes one result file.
+
+    Args:
+        name: without `.json`.
+        rows: measurements.
+        command: that made them; None takes this process's arguments.
+        more: replaces or adds top-level entries, such as `device` for figures made elsewhere.
+    """
+    import jax
+
+    content = {
+        "device": device_name(),
+        "jax": jax.__version__,
+        "commit": commit(),
+        "command": command or "python " + " ".join(sys.argv),
+        **more,
+        "rows": list(rows),
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

@@ -1,0 +1,1 @@
+"""Expert-parallel Mixture-of-Experts language models, exact on any mesh."""

@@ -1,0 +1,278 @@
+"""Configuration of a model: frozen dataclasses, validated when they are made.
+
+Shape letters used throughout the project:
+
+    B batch        T tokens of a device     D model width      H hidden width of an expert
+    E experts      K experts of a token     N heads            h width of a head
+    G devices along `expert`                S expert slots of a device
+    C bucket rows for one (source, device) pair                V vocabulary      L layers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moejax.errors import UserError
+
+__all__ = [
+    "AttentionConfig",
+    "ExchangeConfig",
+    "ExpertsConfig",
+    "LayerConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "RouterConfig",
+]
+
+ScoreFunction = Literal["softmax", "topk_softmax", "sigmoid"]
+GroupScore = Literal["max", "top2_sum"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
+ExchangeMode = Literal["auto", "local", "all_to_all", "ring"]
+RematPolicy = Literal["none", "layer", "dots"]
+ComputeDtype = Literal["float32", "bfloat16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts.
+
+    score_function:
+        `softmax`: probabilities over all experts, then the K best (Switch, Qwen3, OLMoE);
+        `topk_softmax`: the K best logits, then a softmax over those (Mixtral, gpt-oss);
+        `sigmoid`: independent scores (DeepSeek-V3).
+    renormalize: divide the K scores of a token by their sum.
+    scaling_factor: multiplies the scores after that.
+    selection_bias: a per-expert bias added for choosing only (arXiv 2408.15664); its value is a
+        `RouterBias` variable that the optimizer does not see.
+    bias_update_rate: step of that bias a training step, towards equal loads; 0 freezes it.
+    num_groups, top_groups: experts lie in `num_groups` equal groups and a token may use only its
+        best `top_groups` (DeepSeek-V2 §2.1.3: a group scores by its `max`; V3: by `top2_sum`).
+    load_balance_coef: weight of E·Σ f_e·P_e over global statistics (arXiv 2101.03961 eq. 4).
+    z_loss_coef: weight of mean(logsumexp(logits)²) (arXiv 2202.08906 eq. 5).
+    forced_balance: ignore the scores when choosing and deal experts round robin; benchmarks only.
+    bias: logits have a learned bias (gpt-oss).
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    score_function: ScoreFunction = "softmax"
+    renormalize: bool = True
+    scaling_factor: float = 1.0
+    selection_bias: bool = False
+    bias_update_rate: float = 0.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore = "max"
+    load_balance_coef: float = 0.01
+    z_loss_coef: float = 0.0
+    forced_balance: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.num_experts >= 1, f"num_experts={self.num_experts}: at least 1 is needed")
+        _require(
+            1 <= self.top_k <= self.num_experts,
+            f"top_k={self.top_k}: must lie between 1 and num_experts={self.num_experts}",
+        )
+        _require(
+            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
+            f"num_groups={self.num_groups}: must divide num_experts={self.num_experts}",
+        )
+        _require(
+            1 <= self.top_groups <= self.num_groups,
+            f"top_groups={self.top_groups}: must lie between 1 and num_groups={self.num_groups}",
+        )
+        reachable = self.top_groups * (self.num_experts // self.num_groups)
+        _require(
+            self.top_k <= reachable,
+            f"top_k={self.top_k}: the {self.top_groups} chosen groups hold only {reachable} "
+            "experts; raise top_groups or lower top_k",
+        )
+        _require(
+            self.bias_update_rate == 0.0 or self.selection_bias,
+            f"bias_update_rate={self.bias_update_rate}: needs selection_bias=True",
+        )
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """What an expert computes.
+
+    hidden: width H of one expert.
+    activation: gated `swiglu`, `geglu` (arXiv 2002.05202), or plain `gelu`, `relu2`
+        (arXiv 2109.08668). `gelu` and `geglu` use the tanh approximation.
+    bias: both products have a bias.
+    shared_hidden: total width of the experts every token uses (0: none).
+    shared_gate: scale the shared experts' output by a learned sigmoid gate (Qwen2-MoE).
+    """
+
+    hidden: int = 256
+    activation: Activation = "swiglu"
+    bias: bool = False
+    shared_hidden: int = 0
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.hidden >= 1, f"hidden={self.hidden}: an expert needs a width of at least 1")
+        _require(
+            not self.shared_gate or self.shared_hidden > 0,
+            "shared_gate=True: needs shared_hidden > 0",
+        )
+
+    @property
+    def num_in(self) -> int:
+        """Number of input projections: 2 for gated activations, else 1."""
+        return 2 if self.activation in ("swiglu", "geglu") else 1
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How rows travel between devices.
+
+    mode: `local` (one device along `expert`), `all_to_all`, `ring` (all-gather in, reduce-scatter
+        back), or `auto`, which picks by counted bytes.
+    bucket_rows: rows C of one (source, device) bucket; None derives it from `bucket_slack`.
+    bucket_slack: buckets hold this multiple of the expected number of rows, at most T; what does
+        not fit travels in further waves. `inf` gives buckets of T: one wave, whatever the routing.
+    capacity_factor: None is dropless. A number bounds each expert to this multiple of its even
+        share and drops the rest (arXiv 2101.03961 §2.2): lossy, counted.
+    """
+
+    mode: ExchangeMode = "auto"
+    bucket_rows: int | None = None
+    bucket_slack: float = 1.5
+    capacity_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.bucket_rows is None or self.bucket_rows >= 1,
+            f"bucket_rows={self.bucket_rows}: a bucket holds at least 1 row",
+        )
+        _require(
+            self.bucket_slack > 0,
+            f"bucket_slack={self.bucket_slack}: must be greater than 0",
+        )
+        _require(
+            self.capacity_factor is None or self.capacity_factor > 0,
+            f"capacity_factor={self.capacity_factor}: must be greater than 0, or None",
+        )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer."""
+
+    router: RouterConfig = field(default_factory=RouterConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864).
+
+    qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3); `full` norms over all
+        heads together (OLMoE).
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float = 10_000.0
+    qk_norm: Literal["none", "head", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim}: must be even for rotary positions",
+        )
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer as the model builds it: attention, then an MoE or a dense MLP."""
+
+    d_model: int
+    norm_eps: float
+    attention: AttentionConfig
+    moe: MoEConfig | None
+    dense: ExpertsConfig | None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    first_dense_layers: the first layers use a dense MLP of width `dense_hidden` (DeepSeek).
+    top_k_by_layer: number of experts of a token for each layer; empty: the router's top_k.
+    scan_layers: run equal consecutive layers by one `lax.scan` (compile time) or unrolled.
+    remat: what the backward recomputes: nothing, whole layers, or all but products (`dots`).
+    compute_dtype: dtype of activations and of weights in products; masters stay float32.
+    max_context: longest sequence the model is used with, in tokens.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 128
+    num_layers: int = 4
+    max_context: int = 256
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    dense_hidden: int = 0
+    first_dense_layers: int = 0
+    top_k_by_layer: tuple[int, ...] = ()
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    scan_layers: bool = False
+    remat: RematPolicy = "none"
+    compute_dtype: ComputeDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _require(self.vocab_size >= 2, f"vocab_size={self.vocab_size}: at least 2 is needed")
+        _require(self.num_layers >= 1, f"num_layers={self.num_layers}: at least 1 is needed")
+        _require(
+            0 <= self.first_dense_layers <= self.num_layers,
+            f"first_dense_layers={self.first_dense_layers}: must lie between 0 and "
+            f"num_layers={self.num_layers}",
+        )
+        _require(
+            self.first_dense_layers == 0 or self.dense_hidden > 0,
+            f"first_dense_layers={self.first_dense_layers}: needs dense_hidden > 0",
+        )
+        _require(
+            len(self.top_k_by_layer) in (0, self.num_layers),
+            f"top_k_by_layer has {len(self.top_k_by_layer)} entries: needs one for each of the "
+            f"{self.num_layers} layers, or none",
+        )
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to 64, so that `tensor` divides it."""
+        return -(-self.vocab_size // 64) * 64
+
+    def layers(self) -> tuple[LayerConfig, ...]:
+        """The layers one by one; equal neighbours may be scanned together."""
+        return tuple(self._layer(i) for i in range(self.num_layers))
+
+    def _layer(self, index: int) -> LayerConfig:
+        moe = dense = None
+        if index < self.first_dense_layers:
+            dense = dataclasses.replace(
+                self.moe.experts, hidden=self.dense_hidden, shared_hidden=0, shared_gate=False
+            )
+        else:
+            moe = self.moe
+            if self.top_k_by_layer:
+                router = dataclasses.replace(moe.router, top_k=self.top_k_by_layer[index])
+                moe = dataclasses.replace(moe, router=router)
+        return LayerConfig(self.d_model, self.norm_eps, self.attention, moe, dense)

@@ -1,0 +1,23 @@
+"""Dispatch and combine: one row per (token, device), exact, in bounded memory."""
+
+from moejax.exchange.budget import Budget, choose
+from moejax.exchange.capacity import drop_over_capacity, expert_capacity
+from moejax.exchange.counters import ExchangeCounters, count
+from moejax.exchange.modes import Rows, combine, dispatch
+from moejax.exchange.plan import Plan, make_plan
+from moejax.exchange.waves import run_waves
+
+__all__ = [
+    "Budget",
+    "ExchangeCounters",
+    "Plan",
+    "Rows",
+    "choose",
+    "combine",
+    "count",
+    "dispatch",
+    "drop_over_capacity",
+    "expert_capacity",
+    "make_plan",
+    "run_waves",
+]

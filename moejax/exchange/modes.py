@@ -1,0 +1,105 @@
+"""The three ways rows travel: `local`, `all_to_all` in buckets, and a `ring`.
+
+Each has `dispatch` (tokens → rows on the experts' devices) and `combine` (rows → tokens, summed in
+float32). Both are differentiable inside the shard_map; neither sends a row to a device twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+from jax import numpy as jnp
+
+from moejax.exchange.budget import Budget
+from moejax.exchange.permute import RowMap, gather_rows, sum_rows
+from moejax.exchange.plan import Plan, select_wave
+from moejax.exchange.wire import exchange_rows
+from sharding import collectives
+from sharding.mesh import EXPERT
+
+__all__ = ["Rows", "combine", "dispatch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """What a device computes in one wave.
+
+    x_RD: activations of the rows that arrived; rows without an assignment hold anything finite.
+    scores_RJ: float32 weights of a row's assignments.
+    ids_RJ: int32 local slots; S for none.
+    home: what the way back needs on the source: bucket rows of its tokens; None where rows are
+        tokens.
+    """
+
+    x_RD: jax.Array
+    scores_RJ: jax.Array
+    ids_RJ: jax.Array
+    home: RowMap | None
+
+
+def dispatch(
+    x_TD: jax.Array, scores_TK: jax.Array, plan: Plan, wave: jax.Array | int, budget: Budget
+) -> Rows:
+    """Sends the tokens of one wave to the devices of their experts.
+
+    Args:
+        x_TD: this device's tokens, in the dtype of the wire.
+        scores_TK: float32.
+        plan: this device's plan.
+        wave: int32 [].
+        budget: static sizes and the mode.
+    """
+    match budget.mode:
+        case "local":
+            return Rows(x_TD, scores_TK, plan.slot_TK, None)
+        case "ring":
+            return _ring_dispatch(x_TD, scores_TK, plan, wave, budget)
+        case "all_to_all":
+            return _bucket_dispatch(x_TD, scores_TK, plan, wave, budget)
+    raise NotImplementedError(f"exchange mode {budget.mode!r}")
+
+
+def combine(y_RD: jax.Array, rows: Rows, budget: Budget) -> jax.Array:
+    """Brings the experts' outputs home.
+
+    Args:
+        y_RD: one summed output for each row received, in the dtype of the wire.
+        rows: what `dispatch` returned.
+        budget: static sizes and the mode.
+
+    Returns:
+        float32 [T, D]; zero for tokens that did not travel in this wave.
+    """
+    if budget.mode == "local":
+        return y_RD.astype(jnp.float32)
+    sent_GCD = y_RD.reshape(budget.devices, budget.rows, -1)
+    back_GCD = collectives.all_to_all(sent_GCD, EXPERT)
+    if rows.home is None:
+        return jnp.sum(back_GCD.astype(jnp.float32), axis=0)
+    return sum_rows(back_GCD.reshape(y_RD.shape), None, rows.home)
+
+
+def _bucket_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
+    chosen = select_wave(plan, wave, budget)
+    rows_MD = gather_rows(x_TD, chosen.rows)
+    scores_M = gather_rows(scores_TK.reshape(-1, 1), chosen.assignments)
+    scores_MJ = scores_M.reshape(chosen.ids_MJ.shape)
+    received = exchange_rows(rows_MD, scores_MJ, chosen.ids_MJ, EXPERT)
+    return Rows(*received, home=chosen.rows)
+
+
+def _ring_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
+    """All-gathers tokens; each device then picks the assignments that are its own."""
+    travels_TK = (plan.device_TK < budget.devices) & (plan.wave_TK == wave)
+    target_TK = jnp.where(travels_TK, plan.device_TK * budget.slots + plan.slot_TK, -1)
+    target_RK = collectives.all_gather(target_TK, EXPERT)
+    mine_RK = target_RK - collectives.axis_index(EXPERT) * budget.slots
+    ids_RK = jnp.where((target_RK >= 0) & (mine_RK >= 0), mine_RK, budget.slots)
+    return Rows(
+        collectives.all_gather(x_TD, EXPERT),
+        collectives.all_gather(scores_TK, EXPERT),
+        jnp.minimum(ids_RK, budget.slots),
+        home=None,
+    )

@@ -1,0 +1,1 @@
+"""Running a model: where it comes from, sampling, generation, text."""

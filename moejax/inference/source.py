@@ -1,0 +1,127 @@
+"""Where a model comes from: a run directory, a model folder, or the one in the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.config import ModelConfig
+from moejax.data.tokenizer import Tokenizer
+from moejax.errors import UserError
+from moejax.inference.model_folder import is_model_folder, load_model_folder
+from moejax.training.config_json import config_from_json
+
+if TYPE_CHECKING:
+    from moejax.training.state import Blueprint
+
+__all__ = ["PARTS", "ModelSource", "open_model", "packaged_model"]
+
+PARTS = ("params", "bias")
+"""The parts of a training state that a model needs."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be loaded onto any mesh.
+
+    path: where it lies.
+    config: the model.
+    tokenizer: of its texts.
+    weights: reads the weights for a blueprint of this config, its `compute_dtype` aside: a flat
+        dict in logical order for `load_weights`.
+    """
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: Callable[[Blueprint], dict[str, Any]]
+
+
+def packaged_model() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(str(resources.files("moejax"))) / "assets" / "reference"
+
+
+def open_model(
+    path: str | os.PathLike[str] | None, report: Callable[[str], None] | None = None
+) -> ModelSource:
+    """Opens a model without reading its weights.
+
+    Args:
+        path: a run directory, of which the newest complete checkpoint is taken, or a model
+            folder; None takes the packaged model.
+        report: gets a line for each damaged checkpoint passed over; None writes to stderr.
+
+    Raises:
+        UserError: there is no model, or it is damaged or of another version.
+    """
+    folder = packaged_model() if path is None else Path(path)
+    if path is None and not folder.is_dir():
+        raise UserError(
+            f"{folder}: this installation has no packaged model; name a run directory or a model "
+            "folder with --model"
+        )
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing there"
+        raise UserError(f"{folder}: {found}; name a run directory or a model folder")
+    if is_model_folder(folder):
+        model = load_model_folder(folder)
+        source = ModelSource(
+            folder, model.config, model.tokenizer, lambda bp: model.read(_targets(bp))
+        )
+    else:
+        source = _open_run(folder, report or _to_stderr)
+    if source.tokenizer.vocab_size > source.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {source.tokenizer.vocab_size} ids and the model "
+            f"{source.config.vocab_size}: they do not belong together; restore the folder"
+        )
+    return source
+
+
+def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
+    # Of the configuration only the model: the rest may be of another version of train.py.
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{folder}: no config.json there; name a run directory or a model folder")
+    try:
+        data = json.loads(config_path.read_bytes())["model"]
+    except OSError as error:
+        raise UserError(f"{config_path}: {error.strerror or error}; check the path") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{config_path}: holds no model configuration; restore it or name another run"
+        ) from None
+    config = config_from_json(ModelConfig, data, source=str(config_path))
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+
+    def weights(blueprint: Blueprint) -> dict[str, Any]:
+        # Imported late, as orbax takes a second.
+        from moejax.training.checkpoint import Checkpoints
+
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            found = checkpoints.restore_latest(_targets(blueprint), partial=True, report=report)
+        if found is None:
+            raise UserError(
+                f"{folder}: no complete checkpoint there yet; wait for the first save, or name "
+                "another model"
+            )
+        return found[1]
+
+    return ModelSource(folder, config, tokenizer, weights)
+
+
+def _targets(blueprint: Blueprint) -> dict[str, Any]:
+    from moejax.training.state import logical_targets
+
+    return logical_targets(blueprint, PARTS)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+"""The Mixture-of-Experts layer: route → place → exchange around the experts → sum.
+
+Runs inside the fully manual shard_map of `train.py` or `infer.py`. Inside somebody else's Flax
+model use `moejax.standalone.ShardedMoELayer`, which wraps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moejax import exchange
+from moejax.config import MoEConfig
+from moejax.exchange.counters import ExchangeCounters, over_devices
+from moejax.experts import ExpertBank, run_experts
+from moejax.model.initializers import INIT_STD
+from moejax.model.mlp import DenseMLP
+from moejax.placement.arrays import Placement, home_slots, num_slots, place
+from moejax.routing.losses import RouterLosses
+from moejax.routing.router import Router, Routing
+from sharding.collectives import enter_parallel, exit_parallel, psum_statistics
+from sharding.mesh import TENSOR, TOKEN_AXES
+
+__all__ = ["MoEAux", "MoELayer"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MoEAux:
+    """What a layer reports besides its output; all of it local to the device.
+
+    losses: this device's shares of the auxiliary losses, coefficients included.
+    counts_E: int32 [E], assignments to each logical expert, before any drop.
+    entropy_sum: float32 [], nats, summed over tokens.
+    num_tokens: int32 [], unmasked tokens.
+    counters: what moved.
+    """
+
+    losses: RouterLosses
+    counts_E: jax.Array
+    entropy_sum: jax.Array
+    num_tokens: jax.Array
+    counters: ExchangeCounters
+
+    def over_devices(self) -> MoEAux:
+        """The same of all devices together, inside the shard_map; no gradient."""
+        counters = over_devices(self.counters, TOKEN_AXES)
+        return replace(psum_statistics(self, TOKEN_AXES), counters=counters)
+
+    def summed(self) -> MoEAux:
+        """Summed over a leading dimension (microbatches); waves are the largest."""
+        total = jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), self)
+        waves = jnp.max(self.counters.waves, axis=0)
+        return replace(total, counters=replace(total.counters, waves=waves))
+
+
+class MoELayer(nnx.Module):
+    """Routed experts, expert-parallel over `expert`, plus the experts every token uses.
+
+    Args:
+        d_model: D.
+        config: router, experts and exchange.
+        expert_devices: G, the size of the mesh's `expert` axis.
+        rngs: source of the initial weights.
+        output_std: standard deviation of the output projections.
+        hosts: the host of each device along `expert`, for the counters; None: one host.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: MoEConfig,
+        *,
+        expert_devices: int,
+        rngs: nnx.Rngs,
+        output_std: float = INIT_STD,
+        hosts: Sequence[int] | None = None,
+    ) -> None:
+        self.config = config
+        self.expert_devices = expert_devices
+        self.hosts = None if hosts is None else tuple(hosts)
+        self.router = Router(d_model, config.router, rngs=rngs)
+        self.bank = ExpertBank(
+            d_model,
+            config.router.num_experts,
+            config.experts,
+            expert_devices=expert_devices,
+            output_std=output_std,
+            rngs=rngs,
+        )
+        self.shared = self.shared_gate = nnx.data(None)
+        if config.experts.shared_hidden:
+            self.shared = DenseMLP(
+                d_model,
+                config.experts,
+                hidden=config.experts.shared_hidden,
+                output_std=output_std,
+                parallel=False,
+                rngs=rngs,
+            )
+        if config.experts.shared_gate:
+            gate_D = jax.random.normal(rngs.params(), (d_model,), jnp.float32) * d_model**-0.5
+            self.shared_gate = nnx.Param(gate_D, spec=P(), float32=True)
+
+    def __call__(
+        self,
+        x_TD: jax.Array,
+        placement: Placement | None = None,
+        *,
+        token_mask_T: jax.Array | None = None,
+    ) -> tuple[jax.Array, MoEAux]:
+        """Applies the layer to this device's tokens, inside the shard_map.
+
+        Args:
+            x_TD: tokens in the compute dtype, replicated along `tensor`.
+            placement: where copies of the experts live; None: at home, contiguous.
+            token_mask_T: bool, False for padding that must not be routed.
+
+        Returns:
+            [T, D] in x's dtype, and what is reported.
+        """
+        routing = self.router(x_TD, token_mask_T=token_mask_T)
+        slots_TK, budget, dropped = self._place(routing, placement)
+        x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)
+        weights = self.bank.weights(placement, x_TD.dtype)
+        plan = exchange.make_plan(slots_TK, budget)
+        experts = partial(run_experts, budget=budget, config=self.config.experts)
+        y_TD = exchange.run_waves(x_in, scores_TK, weights, plan, budget, experts)
+        y_TD = exit_parallel(y_TD + self._shared(x_in), TENSOR).astype(x_TD.dtype)
+        counters = exchange.count(plan, budget, dropped, self.hosts)
+        return y_TD, MoEAux(
+            routing.losses, routing.counts_E, routing.entropy_sum, routing.num_tokens, counters
+        )
+
+    def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:
+        """The static sizes and the mode of the exchange for T tokens a device."""
+        router = self.config.router
+        slots = num_slots(router.num_experts, self.expert_devices)
+        if placement is not None:
+            slots = placement.slot_expert_P.shape[-1] // self.expert_devices
+        return exchange.choose(
+            self.config.exchange,
+            tokens=tokens,
+            top_k=router.top_k,
+            num_experts=router.num_experts,
+            slots=slots,
+            devices=self.expert_devices,
+        )
+
+    def _place(
+        self, routing: Routing, placement: Placement | None
+    ) -> tuple[jax.Array, exchange.Budget, jax.Array]:
+        """Physical slots of all assignments, after any drops."""
+        tokens, top_k = routing.experts_TK.shape
+        budget = self.budget(tokens, placement)
+        experts_TK, dropped = routing.experts_TK, jnp.zeros((), jnp.int32)
+        factor, num_experts = self.config.exchange.capacity_factor, self.config.router.num_experts
+        if factor is not None:
+            room = exchange.expert_capacity(factor, tokens, top_k, num_experts, self.expert_devices)
+            experts_TK, dropped = exchange.drop_over_capacity(
+                experts_TK, routing.scores_TK, num_experts, room
+            )
+        if placement is not None:
+            return place(experts_TK, placement, budget.slots), budget, dropped
+        home_E = jnp.asarray(home_slots(num_experts, self.expert_devices))
+        slots_TK = jnp.where(experts_TK >= 0, home_E[jnp.maximum(experts_TK, 0)], -1)
+        return slots_TK, budget, dropped
+
+    def _shared(self, x_TD: jax.Array) -> jax.Array:
+        """The experts every token uses, this tensor rank's term; float32 [T, D]."""
+        if self.shared is None:
+            return jnp.zeros((), jnp.float32)
+        y_TD = self.shared(x_TD).astype(jnp.float32)
+        if self.shared_gate is not None:
+            gate_D = enter_parallel(self.shared_gate[...], TENSOR)
+            logit_T = jnp.dot(x_TD.astype(jnp.float32), gate_D, precision="highest")
+            y_TD = y_TD * jax.nn.sigmoid(logit_T)[:, None]
+        return y_TD

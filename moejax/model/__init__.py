@@ -1,0 +1,1 @@
+"""The decoder: attention, blocks, embedding, loss and key-value cache."""

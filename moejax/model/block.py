@@ -1,0 +1,113 @@
+"""One decoder layer: attention, then experts or a dense MLP, each on a normalised residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+from moejax.config import LayerConfig
+from moejax.layer import MoELayer
+from moejax.model.attention import Attention, Implementation
+from moejax.model.cache import LayerCache
+from moejax.model.initializers import residual_std
+from moejax.model.mlp import DenseMLP
+from moejax.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from moejax.layer import MoEAux
+    from moejax.placement.arrays import Placement
+
+__all__ = ["Block"]
+
+
+class Block(nnx.Module):
+    """Pre-norm residual layer; has `moe` or `mlp`, as its config says."""
+
+    def __init__(
+        self,
+        layer: LayerConfig,
+        *,
+        num_layers: int,
+        expert_devices: int,
+        hosts: Sequence[int] | None = None,
+        implementation: Implementation = None,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the weights.
+
+        Args:
+            layer: the layer.
+            num_layers: depth L of the model, for the scale of products into the residual.
+            expert_devices: size of the mesh axis `expert`.
+            hosts: of the devices along `expert`, see `MoELayer`.
+            implementation: of attention, see `Attention`.
+            rngs: the stream `params` is drawn from.
+        """
+        std = residual_std(num_layers)
+        self.attention_norm = RMSNorm(layer.d_model, layer.norm_eps)
+        self.attention = Attention(
+            layer.d_model,
+            layer.attention,
+            norm_eps=layer.norm_eps,
+            output_std=std,
+            implementation=implementation,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(layer.d_model, layer.norm_eps)
+        self.moe = (
+            None
+            if layer.moe is None
+            else MoELayer(
+                layer.d_model,
+                layer.moe,
+                expert_devices=expert_devices,
+                output_std=std,
+                hosts=hosts,
+                rngs=rngs,
+            )
+        )
+        self.mlp = (
+            None
+            if layer.dense is None
+            else DenseMLP(layer.d_model, layer.dense, output_std=std, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        placement: Placement | None = None,
+        *,
+        token_mask_BS: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        lengths_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, MoEAux | None, LayerCache | None]:
+        """Runs the layer inside the shard_map.
+
+        Args:
+            x_BSD: [B, S, D] in the compute dtype.
+            positions_BS: int32 [B, S].
+            placement: of this layer's experts; None for the contiguous one.
+            token_mask_BS: bool [B, S], False for padding, which no expert sees.
+            cache: this layer's keys and values, with `lengths_B` int32 [B] of them filled.
+            lengths_B: see `cache`.
+
+        Returns:
+            [B, S, D], the experts' statistics (None for a dense layer), the new cache or None.
+        """
+        y_BSD, cache = self.attention(
+            self.attention_norm(x_BSD), positions_BS, cache=cache, lengths_B=lengths_B
+        )
+        x_BSD = x_BSD + y_BSD
+        y_TD = self.mlp_norm(x_BSD).reshape(-1, x_BSD.shape[-1])
+        aux = None
+        if self.moe is not None:
+            mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
+            y_TD, aux = self.moe(y_TD, placement, token_mask_T=mask_T)
+        else:
+            assert self.mlp is not None
+            y_TD = self.mlp(y_TD)
+        return x_BSD + y_TD.reshape(x_BSD.shape), aux, cache

@@ -1,0 +1,288 @@
+"""The decoder-only language model: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+
+from moejax.config import ModelConfig
+from moejax.errors import UserError
+from moejax.model.attention import Implementation
+from moejax.model.block import Block
+from moejax.model.cache import KVCache, LayerCache
+from moejax.model.embedding import Embedding, Head, vocabulary_logits
+from moejax.model.groups import LayerGroup, layer_groups, stack_states
+from moejax.model.loss import hidden_nll
+from moejax.model.norm import RMSNorm
+from sharding.mesh import MeshShape
+
+if TYPE_CHECKING:
+    from moejax.layer import MoEAux
+    from moejax.placement.arrays import Placement
+
+__all__ = ["Decoder", "DecoderOutput", "check_mesh"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a forward pass returns.
+
+    hidden_BSD: after the final norm, compute dtype; `Decoder.logits` and `Decoder.nll` take it.
+    aux: the experts' statistics, each array stacked over the MoE layers [L_moe, ...]; None for a
+        model without experts.
+    cache: with the new positions, None where none was given.
+    """
+
+    hidden_BSD: jax.Array
+    aux: MoEAux | None
+    cache: KVCache | None
+
+
+def check_mesh(config: ModelConfig, mesh_shape: MeshShape) -> None:
+    """Refuses a mesh that the model's widths cannot be split over.
+
+    Raises:
+        UserError: naming the axis, the width and the remedy.
+    """
+    tensor, attention, layers = mesh_shape.tensor, config.attention, config.layers()
+    if tensor > attention.num_kv_heads:
+        raise UserError(
+            f"mesh tensor={tensor} with num_kv_heads={attention.num_kv_heads}: every device along "
+            "tensor needs a key-value head of its own; shrink the tensor axis"
+        )
+    widths = {
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "padded_vocab": config.padded_vocab,
+    }
+    if any(layer.dense for layer in layers):
+        widths["dense_hidden"] = config.dense_hidden
+    if any(layer.moe for layer in layers):
+        widths["hidden"] = config.moe.experts.hidden
+        widths["shared_hidden"] = config.moe.experts.shared_hidden
+        if config.moe.router.num_experts < mesh_shape.expert:
+            raise UserError(
+                f"mesh expert={mesh_shape.expert} with num_experts={config.moe.router.num_experts}:"
+                " every device needs at least one expert; shrink the expert axis"
+            )
+    for name, width in widths.items():
+        if width % tensor:
+            raise UserError(
+                f"mesh tensor={tensor} with {name}={width}: the axis must divide it; "
+                "choose another tensor size"
+            )
+
+
+class Decoder(nnx.Module):
+    """A language model whose parameters are global when made and local inside the shard_map.
+
+    Make it with global shapes, split it (`nnx.split`), lay the state over the mesh by each
+    parameter's `spec`, and merge it again inside the shard_map to call it. The numbers drawn for
+    a layer depend on the key and the layer's index only, not on `scan_layers` or the mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh_shape: MeshShape,
+        rngs: nnx.Rngs,
+        *,
+        hosts: Sequence[int] | None = None,
+        implementation: Implementation = None,
+    ):
+        """Draws the weights, float32.
+
+        Args:
+            config: the model.
+            mesh_shape: the mesh it will run on; only checked, but for the size of `expert`.
+            rngs: one key of the stream `params` is used.
+            hosts: of the devices along `expert`, see `MoELayer`.
+            implementation: of attention, see `Attention`.
+
+        Raises:
+            UserError: the mesh does not suit the model.
+        """
+        check_mesh(config, mesh_shape)
+        self.config = config
+        self.groups = layer_groups(config)
+        key = rngs.params()
+
+        def rngs_of(index: int) -> nnx.Rngs:
+            return nnx.Rngs(params=jax.random.fold_in(key, index))
+
+        self.embedding = Embedding(config.padded_vocab, config.d_model, rngs=rngs_of(0))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Head(config.d_model, config.padded_vocab, rngs=rngs_of(1))
+        )
+        layers = {}
+        for group in self.groups:
+            blocks = [
+                Block(
+                    group.layer,
+                    num_layers=config.num_layers,
+                    expert_devices=mesh_shape.expert,
+                    hosts=hosts,
+                    implementation=implementation,
+                    rngs=rngs_of(2 + index),
+                )
+                for index in range(group.start, group.stop)
+            ]
+            layers[group.name] = _stack(blocks) if group.scanned else blocks[0]
+        self.layers = nnx.Dict(layers)
+
+    def __call__(
+        self,
+        tokens_BS: jax.Array,
+        *,
+        positions_BS: jax.Array | None = None,
+        placement: Placement | None = None,
+        token_mask_BS: jax.Array | None = None,
+        cache: KVCache | None = None,
+        inference: bool = False,
+    ) -> DecoderOutput:
+        """Runs the layers over this device's tokens, inside the shard_map.
+
+        Args:
+            tokens_BS: int32 [B, S], ids below the vocabulary size.
+            positions_BS: int32 [B, S] for the rotation; None counts from 0, or from the filled
+                length of the cache.
+            placement: of the experts, each array stacked [L_moe, ...]; None for contiguous.
+            token_mask_BS: bool [B, S], False for padding, which no expert sees. With a cache the
+                real tokens of a row come first, and only they count as filled afterwards.
+            cache: continue these texts, writing the new keys and values behind the old.
+            inference: no gradient will be asked for, so nothing is kept for one.
+
+        Returns:
+            The hidden states, the experts' statistics and the cache.
+        """
+        if positions_BS is None:
+            positions_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
+            if cache is not None:
+                positions_BS = positions_BS + cache.lengths_B[:, None]
+            positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
+        x_BSD = self.embedding(tokens_BS, jnp.dtype(self.config.compute_dtype))
+        caches: dict[str, LayerCache] = {}
+        auxes = []
+        moe_layers = 0
+        for group in self.groups:
+            local = None
+            if placement is not None and group.layer.moe is not None:
+                local = _slice(placement, moe_layers, moe_layers + group.size)
+            x_BSD, aux, layer_cache = self._run(
+                group, x_BSD, positions_BS, local, token_mask_BS, cache, inference
+            )
+            if group.layer.moe is not None:
+                moe_layers += group.size
+                auxes.append(aux)
+            if layer_cache is not None:
+                caches[group.name] = layer_cache
+        if cache is not None:
+            new = (
+                jnp.int32(tokens_BS.shape[1])
+                if token_mask_BS is None
+                else jnp.sum(token_mask_BS, axis=1, dtype=jnp.int32)
+            )
+            cache = KVCache(caches, cache.lengths_B + new)
+        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
+        return DecoderOutput(self.final_norm(x_BSD), aux, cache)
+
+    def _run(
+        self,
+        group: LayerGroup,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        placement: Placement | None,
+        token_mask_BS: jax.Array | None,
+        cache: KVCache | None,
+        inference: bool,
+    ) -> tuple[jax.Array, Any, LayerCache | None]:
+        # Runs one group; `placement` and the returned statistics are stacked [group.size, ...].
+        graphdef, states = nnx.split(self.layers[group.name])
+        lengths_B = None if cache is None else cache.lengths_B
+
+        def layer(state, x, placement, layer_cache):
+            return nnx.merge(graphdef, state)(
+                x,
+                positions_BS,
+                placement,
+                token_mask_BS=token_mask_BS,
+                cache=layer_cache,
+                lengths_B=lengths_B,
+            )
+
+        if cache is None and not inference:
+            layer = self._remat(layer, scanned=group.scanned)
+        layer_cache = None if cache is None else cache.layers[group.name]
+        if not group.scanned:
+            x_BSD, aux, layer_cache = layer(states, x_BSD, _pick(placement, 0), layer_cache)
+            return x_BSD, jax.tree.map(lambda a: a[None], aux), layer_cache
+
+        # The cache is carried, not scanned over: so it is updated in place, not copied.
+        def step(carry, xs):
+            x, stacked = carry
+            index, state, placement = xs
+            x, aux, new = layer(state, x, placement, _pick(stacked, index))
+            stacked = jax.tree.map(
+                lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, index, 0), stacked, new
+            )
+            return (x, stacked), aux
+
+        xs = (jnp.arange(group.size, dtype=jnp.int32), states, placement)
+        (x_BSD, layer_cache), aux = lax.scan(step, (x_BSD, layer_cache), xs)
+        return x_BSD, aux, layer_cache
+
+    def _remat(self, layer: Any, *, scanned: bool) -> Any:
+        if self.config.remat == "none":
+            return layer
+        policy = None
+        if self.config.remat == "dots":
+            # Products of weights, not of queries with keys: those grow with the square of S.
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+
+    def head_weight(self) -> jax.Array:
+        """The output weights [D, V local]; the embedding's transpose if they are tied."""
+        return self.embedding.w[...].T if self.head is None else self.head.w[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """This device's columns of the logits: [..., D] to float32 [..., V local].
+
+        Padding ids get -1e30. `all_gather(..., "tensor", dim=-1)`, or `"tensor"` for the last
+        dimension in the shard_map's out_specs, gives the whole vocabulary.
+        """
+        return vocabulary_logits(hidden, self.head_weight(), self.config.vocab_size)
+
+    def nll(
+        self, hidden_BSD: jax.Array, targets_BS: jax.Array, *, chunk: int | None = None
+    ) -> jax.Array:
+        """Negative log-likelihood of the targets: float32 [B, S] in nats; see `hidden_nll`."""
+        return hidden_nll(
+            hidden_BSD,
+            self.head_weight(),
+            targets_BS,
+            vocab_size=self.config.vocab_size,
+            chunk=chunk,
+        )
+
+
+def _stack(blocks: list[Block]) -> Block:
+    graphdef, _ = nnx.split(blocks[0])
+    return nnx.merge(graphdef, stack_states([nnx.state(block) for block in blocks]))
+
+
+def _slice(tree: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda a: a[start:stop], tree)
+
+
+def _pick(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)

@@ -1,0 +1,160 @@
+"""Where experts live: logical experts → physical slots, as plain arrays.
+
+A device along `expert` has S slots; slot p belongs to device p // S. Model code, optimizer state
+and checkpoints know logical experts only. The *home* of an expert is a static, contiguous and even
+assignment in which masters and moments are stored; a placement says where copies are computed.
+Only S and the largest number of replicas R are shapes: another placement recompiles nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from moejax.errors import UserError
+from sharding import collectives
+from sharding.mesh import EXPERT
+
+__all__ = [
+    "Placement",
+    "contiguous",
+    "from_slots",
+    "gather_bank",
+    "home_slots",
+    "num_slots",
+    "place",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Placement:
+    """Where the copies of one layer's experts live (stacked [L, …] for scanned layers).
+
+    slot_expert_P: int32 [G·S], the logical expert in each physical slot; −1 for an empty slot.
+    replica_slots_ER: int32 [E, R], the slots that hold an expert; entries past its count repeat
+        its first slot.
+    replica_count_E: int32 [E], how many of them are real, at least 1.
+    """
+
+    slot_expert_P: jax.Array
+    replica_slots_ER: jax.Array
+    replica_count_E: jax.Array
+
+
+def num_slots(num_experts: int, devices: int) -> int:
+    """Slots a device needs at home: ceil(E / G).
+
+    Raises:
+        UserError: there are fewer experts than devices.
+    """
+    if num_experts < devices:
+        raise UserError(
+            f"num_experts={num_experts} on expert={devices} devices: every device needs at least "
+            "one expert; shrink the mesh's expert axis"
+        )
+    return -(-num_experts // devices)
+
+
+def home_slots(num_experts: int, devices: int) -> np.ndarray:
+    """The home slot of every logical expert: contiguous, sizes differing by at most one.
+
+    Returns:
+        int32 [E] indices into G·S slots. The identity when G divides E.
+    """
+    slots = num_slots(num_experts, devices)
+    per_device = np.full(devices, num_experts // devices)
+    per_device[: num_experts % devices] += 1
+    device = np.repeat(np.arange(devices), per_device)
+    first = np.concatenate([[0], np.cumsum(per_device)[:-1]])
+    return (device * slots + np.arange(num_experts) - first[device]).astype(np.int32)
+
+
+def from_slots(
+    slot_expert: np.ndarray, num_experts: int, max_replicas: int | None = None
+) -> Placement:
+    """A placement from the content of each slot.
+
+    Args:
+        slot_expert: int [G·S], logical expert or −1.
+        num_experts: E.
+        max_replicas: R; None takes the largest number of replicas present.
+
+    Raises:
+        UserError: an expert has no slot, or more replicas than `max_replicas`.
+    """
+    slot_expert = np.asarray(slot_expert, np.int32)
+    holders = [np.flatnonzero(slot_expert == e) for e in range(num_experts)]
+    counts = np.array([len(h) for h in holders], np.int32)
+    if counts.min() < 1:
+        raise UserError(
+            f"placement: expert {int(counts.argmin())} has no slot; give each at least one"
+        )
+    width = int(counts.max()) if max_replicas is None else max_replicas
+    if counts.max() > width:
+        raise UserError(
+            f"placement: expert {int(counts.argmax())} has {int(counts.max())} replicas, more than "
+            f"the {width} fixed at start; raise max_replicas"
+        )
+    table = np.stack([np.concatenate([h, np.full(width - len(h), h[0])]) for h in holders])
+    return Placement(
+        jnp.asarray(slot_expert), jnp.asarray(table.astype(np.int32)), jnp.asarray(counts)
+    )
+
+
+def contiguous(num_experts: int, devices: int) -> Placement:
+    """The home assignment as a placement: every expert once."""
+    slots = np.full(devices * num_slots(num_experts, devices), -1, np.int32)
+    slots[home_slots(num_experts, devices)] = np.arange(num_experts)
+    return from_slots(slots, num_experts)
+
+
+def place(experts_TK: jax.Array, placement: Placement, slots_per_device: int) -> jax.Array:
+    """Chooses a physical slot for every assignment: a replica on this device, else dealt in turn.
+
+    Args:
+        experts_TK: int32 logical experts, −1 for none.
+        placement: one layer's placement.
+        slots_per_device: S.
+
+    Returns:
+        int32 [T, K] physical slots, −1 for none.
+    """
+    num_experts = placement.replica_count_E.shape[0]
+    safe_TK = jnp.clip(experts_TK, 0, num_experts - 1)
+    options_TKR = placement.replica_slots_ER[safe_TK]
+    if options_TKR.shape[-1] == 1:
+        slots_TK = options_TKR[..., 0]
+    else:
+        me = collectives.axis_index(EXPERT)
+        here_TKR = options_TKR // slots_per_device == me
+        turn_T1 = (jnp.arange(experts_TK.shape[0], dtype=jnp.int32) + me)[:, None]
+        dealt_TK = turn_T1 % placement.replica_count_E[safe_TK]
+        pick_TK = jnp.where(here_TKR.any(-1), jnp.argmax(here_TKR, -1).astype(jnp.int32), dealt_TK)
+        slots_TK = jnp.take_along_axis(options_TKR, pick_TK[..., None], axis=-1)[..., 0]
+    return jnp.where(experts_TK >= 0, slots_TK, -1)
+
+
+def gather_bank(bank: jax.Array, placement: Placement, num_experts: int) -> jax.Array:
+    """This device's slots filled from the experts' homes; the transpose sums replicas home.
+
+    Args:
+        bank: [S_home, ...], this device's part of the home bank.
+        placement: one layer's placement.
+        num_experts: E.
+
+    Returns:
+        [S, ...], the weights of this device's physical slots; arbitrary in empty slots, to which
+        no row is ever sent.
+    """
+    devices = collectives.axis_size(EXPERT)
+    home_E = jnp.asarray(home_slots(num_experts, devices))
+    slots = placement.slot_expert_P.shape[0] // devices
+    mine_S = jax.lax.dynamic_slice_in_dim(
+        placement.slot_expert_P, collectives.axis_index(EXPERT) * slots, slots
+    )
+    everything = collectives.all_gather(bank, EXPERT)
+    return everything[home_E[jnp.clip(mine_S, 0, num_experts - 1)]]

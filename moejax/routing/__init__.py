@@ -1,0 +1,20 @@
+"""Routing: which experts a token uses and with what weights.
+
+`router.py` ties it together; `choice.py` picks the experts, `losses.py` keeps them evenly used,
+`bias.py` does so without a loss, `metrics.py` says how evenly.
+"""
+
+from moejax.routing.bias import RouterBias, update_bias
+from moejax.routing.losses import RouterLosses
+from moejax.routing.metrics import router_metrics
+from moejax.routing.router import Router, Routing, route
+
+__all__ = [
+    "Router",
+    "RouterBias",
+    "RouterLosses",
+    "Routing",
+    "route",
+    "router_metrics",
+    "update_bias",
+]

@@ -1,0 +1,36 @@
+"""How evenly the experts are used."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+__all__ = ["router_metrics"]
+
+ArrayLike = np.ndarray | jax.Array
+
+
+def router_metrics(
+    counts_E: ArrayLike, entropy_sum: ArrayLike, num_tokens: ArrayLike
+) -> dict[str, ArrayLike]:
+    """Metrics from the statistics of `Routing`, summed over the devices beforehand.
+
+    Works on numpy arrays, on the host, as on jax arrays, inside jit.
+
+    Args:
+        counts_E: int32 [..., E], assignments of each expert; leading dimensions are layers.
+        entropy_sum: float32 [...], nats.
+        num_tokens: int32 [...], tokens counted.
+
+    Returns:
+        `tokens_per_expert`: int32 [..., E]; `entropy`: float32 [...], nats, mean over tokens, at
+        most log E; `max_over_mean`: float32 [...], load of the busiest expert over the mean load,
+        1 when even, E/K at worst, 0 without tokens.
+    """
+    assignments = counts_E.sum(axis=-1).clip(min=1).astype(np.float32)
+    busiest = counts_E.max(axis=-1).astype(np.float32)
+    return {
+        "tokens_per_expert": counts_E,
+        "entropy": entropy_sum / num_tokens.clip(min=1).astype(np.float32),
+        "max_over_mean": busiest * counts_E.shape[-1] / assignments,
+    }

@@ -1,0 +1,1 @@
+"""Training: run directory, checkpoints, reporting, and what else `train.py` is made of."""

@@ -1,0 +1,68 @@
+"""Held-out bits per byte during and after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.data.pipeline import HeldOutWindows
+from moejax.training.config import TrainConfig
+from moejax.training.state import Blueprint, TrainState
+from moejax.training.step import make_eval_step, make_gather
+from sharding.mesh import TOKEN_AXES
+
+__all__ = ["Evaluator"]
+
+
+class Evaluator:
+    """Measures bits per byte on held-out windows.
+
+    Args:
+        blueprint: model and mesh.
+        config: the run's; batch size and loss chunk are read.
+        windows: the held-out text.
+    """
+
+    def __init__(self, blueprint: Blueprint, config: TrainConfig, windows: HeldOutWindows):
+        self._blueprint = blueprint
+        self._windows = windows
+        share = blueprint.shape.data * blueprint.shape.expert
+        self._rows = max(share, config.data.batch_size // share * share)
+        self._step = make_eval_step(blueprint, config.loss_chunk)
+        self._gather = make_gather(blueprint)
+
+    def weights(self, state: TrainState) -> nnx.State:
+        """The weights that evaluation and sampling use, from a training state."""
+        return jax.block_until_ready(self._gather(state.masters))
+
+    def bits_per_byte(self, params: Any, biases: Any, limit: int | None = None) -> float:
+        """Bits per byte of UTF-8 text.
+
+        Args:
+            params: from `weights`.
+            biases: of the training state.
+            limit: use this many windows, spread evenly (an estimate); None: every token once.
+        """
+        windows, count = self._windows, len(self._windows.tokens)
+        chosen = np.arange(count)
+        if limit is not None and limit < count:
+            chosen = np.linspace(0, count - 1, limit).round().astype(int)
+        sharding = NamedSharding(self._blueprint.mesh, P(TOKEN_AXES, None))
+        nll = 0.0
+        for start in range(0, len(chosen), self._rows):
+            part = chosen[start : start + self._rows]
+            fill = self._rows - len(part)
+            tokens = np.pad(windows.tokens[part], ((0, fill), (0, 0)))
+            mask = np.pad(windows.mask[part], ((0, fill), (0, 0)))
+            args = (jax.device_put(tokens, sharding), jax.device_put(mask, sharding))
+            nll += float(self._step(params, biases, *args))
+        bits = windows.bits_per_byte(nll)
+        if limit is None or limit >= count:
+            return bits
+        # A part of the windows: scale by the share of predicted tokens they hold.
+        return bits * windows.mask.sum() / windows.mask[chosen].sum()

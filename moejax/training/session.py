@@ -1,0 +1,235 @@
+"""What happens around the steps of a run: batches, the log, evaluations, checkpoints, the end."""
+
+from __future__ import annotations
+
+import math
+import resource
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from moejax.data.corpus import reference_compression
+from moejax.errors import UserError
+from moejax.layer import MoEAux
+from moejax.routing.metrics import router_metrics
+from moejax.training.checkpoint import Checkpoints
+from moejax.training.config import TrainConfig
+from moejax.training.config_json import config_to_json
+from moejax.training.evaluate import Evaluator
+from moejax.training.pictures import draw_expert_load, draw_loss
+from moejax.training.report import StepTimer, format_duration, print_summary, step_line
+from moejax.training.rundir import RunDir
+from moejax.training.state import Blueprint, TrainState, from_logical, logical_targets, to_logical
+from moejax.training.step import BATCH_SPEC
+from moejax.training.text import Text
+from sharding.flops import peak_flops, step_flops_per_token
+
+__all__ = ["Session"]
+
+SAMPLE_TOKENS = 200
+LOAD_SNAPSHOTS = 50  # times the experts' tokens are written into metrics.jsonl
+
+
+class Session:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        checkpoints: Checkpoints,
+        blueprint: Blueprint,
+        config: TrainConfig,
+        text: Text,
+    ):
+        self._run, self._checkpoints = run, checkpoints
+        self._blueprint, self._config, self._text = blueprint, config, text
+        self._references: dict[str, float] | None = None
+        self._held_out: dict[int, float] = {}
+        self._compiled = False
+        device = blueprint.mesh.devices.flat[0]
+        self._peak = peak_flops(device.device_kind, config.model.compute_dtype)
+        self._flops = step_flops_per_token(config.model, config.data.seq_len)
+
+    def batch(self, step: int) -> jax.Array:
+        """The examples of a step on their devices; int32 [accumulate, examples, S + 1]."""
+        data, parts = self._config.data, self._config.accumulate
+        rows = self._text.dataset.batch(step, data.batch_size)
+        rows = rows.reshape(parts, data.batch_size // parts, data.seq_len + 1)
+        return jax.device_put(rows, NamedSharding(self._blueprint.mesh, BATCH_SPEC))
+
+    def restore(self) -> TrainState | None:
+        """The state of the newest checkpoint that is whole; None without one."""
+        found = self._checkpoints.restore_latest(logical_targets(self._blueprint))
+        if found is None:
+            return None
+        step, flat, metadata = found
+        if metadata["tokenizer"] != self._text.record["tokenizer"]:
+            raise UserError(
+                f"{self._run.path}: the run was trained with another tokenizer; pass the same "
+                "tokenizer flags or choose a new run directory"
+            )
+        if metadata["corpus_sha256"] != self._text.record["corpus_sha256"]:
+            print("note: the text has changed since this run was started")
+        print(f"resuming after step {step}", flush=True)
+        return jax.block_until_ready(from_logical(flat, self._blueprint))
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing a checkpoint."""
+        metadata = {
+            "model": config_to_json(self._config.model),
+            "tokenizer": self._text.record["tokenizer"],
+            "corpus_sha256": self._text.record["corpus_sha256"],
+            "text": self._text.record,
+            "seed": self._config.seed,
+        }
+        flat = jax.block_until_ready(to_logical(state))
+        self._checkpoints.save(int(state.step), flat, metadata)
+
+    def log(self, step: int, metrics: dict[str, Any], timer: StepTimer) -> None:
+        """Waits for a step's metrics, writes its line of metrics.jsonl and prints it."""
+        metrics = jax.device_get(metrics)
+        timer.tick(compiled=not self._compiled)
+        self._compiled = True
+        loss = float(metrics["loss"])
+        bits = loss / math.log(2) / self._text.bytes_per_token
+        rate = timer.tokens_per_second
+        mfu = None
+        if self._peak:
+            mfu = rate * self._flops / (self._peak * self._blueprint.shape.size)
+        row = {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": bits,
+            "aux_loss": metrics["aux_loss"],
+            "learning_rate": metrics["learning_rate"],
+            "grad_norm": metrics["grad_norm"],
+            "step_seconds": timer.step_seconds,
+            "tokens_per_second": rate,
+            "model_flops_utilisation": mfu,
+            "memory_bytes": _memory_bytes(self._blueprint.mesh),
+            **self._moe_metrics(step, metrics["moe"]),
+        }
+        self._run.append_metrics(row)
+        line = step_line(
+            step,
+            self._config.steps,
+            loss=loss,
+            bits_per_byte=bits,
+            learning_rate=float(metrics["learning_rate"]),
+            grad_norm=float(metrics["grad_norm"]),
+            step_seconds=timer.step_seconds,
+            tokens_per_second=rate,
+            seconds_left=timer.seconds_left,
+            utilisation=mfu,
+        )
+        print(line, flush=True)
+
+    def _moe_metrics(self, step: int, moe: MoEAux | None) -> dict[str, Any]:
+        if moe is None:
+            return {}
+        router = router_metrics(moe.counts_E, moe.entropy_sum, moe.num_tokens)
+        row: dict[str, Any] = {
+            "router_entropy": router["entropy"],
+            "load_max_over_mean": router["max_over_mean"],
+            "exchange": {name: value for name, value in vars(moe.counters).items()},
+        }
+        every = max(1, self._config.steps // LOAD_SNAPSHOTS)
+        if step % every == 0 or step == 1:
+            row["tokens_per_expert"] = router["tokens_per_expert"]
+        return row
+
+    def evaluate(self, step: int, state: TrainState, evaluator: Evaluator) -> None:
+        """An estimate of held-out bits per byte, and a sample, on the way."""
+        params = evaluator.weights(state)
+        bits = evaluator.bits_per_byte(params, state.biases, self._config.eval_windows)
+        self._note_held_out(step, bits)
+        print(f"step {step}: held-out {bits:.3f} bits/byte (estimate)", flush=True)
+
+    def _note_held_out(self, step: int, bits: float) -> None:
+        self._held_out[step] = bits
+        self._run.append_evaluation({"step": step, "heldout_bits_per_byte": bits})
+
+    def sample(self, params: Any, biases: Any, prompt: str) -> str:
+        """The prompt and its continuation, drawn at temperature 0.8."""
+        from moejax.inference.generate import Generator
+        from moejax.inference.sampling import SamplingConfig
+        from moejax.inference.text import complete
+
+        tokenizer = self._text.tokenizer
+        room = min(self._config.model.max_context, SAMPLE_TOKENS + len(tokenizer.encode(prompt)))
+        generator = Generator(self._blueprint, params, biases, room, tokenizer.vocab_size)
+        sampling = SamplingConfig(temperature=0.8, top_p=0.95, seed=self._config.seed)
+        (continuation,) = complete(
+            generator, tokenizer, [prompt], sampling=sampling, max_tokens=SAMPLE_TOKENS
+        )
+        return prompt + continuation.text
+
+    def finish(
+        self, state: TrainState, evaluator: Evaluator, timer: StepTimer, stopped: bool
+    ) -> None:
+        """Draws the pictures and, unless stopped early, evaluates everything and sums up."""
+        step = int(state.step)
+        if stopped:
+            self._draw({})
+            return
+        print("evaluating on all held-out text", flush=True)
+        params = evaluator.weights(state)
+        bits = evaluator.bits_per_byte(params, state.biases)
+        self._note_held_out(step, bits)
+        references = reference_compression(self._text.held_out)
+        self._draw(references)
+        sample = self.sample(params, state.biases, "def ")
+        self._run.append_sample(f"--- step {step}, {bits:.3f} bits/byte ---\n{sample}\n")
+        self._run.write_summary(
+            {
+                "steps": step,
+                "bits_per_byte": bits,
+                **references,
+                "training_seconds": timer.training_seconds,
+                "program_seconds": timer.program_seconds,
+                "paused_seconds": timer.paused_seconds,
+                "tokens_per_second": self._rate(timer),
+                "text": self._text.record,
+            }
+        )
+        print(f"\nsample:\n{sample}\n")
+        rows = [
+            ("held-out", f"{bits:.3f} bits/byte"),
+            ("zlib -9", f"{references['zlib']:.3f} bits/byte on the same files"),
+            ("xz -9e", f"{references['xz']:.3f} bits/byte on the same files"),
+            ("time", f"{format_duration(timer.training_seconds)} in {step} steps"),
+            ("run directory", str(self._run.path)),
+            ("talk to it", f'python infer.py --model {self._run.path} -p "def "'),
+        ]
+        print_summary("Training has ended", rows)
+
+    def _rate(self, timer: StepTimer) -> float | None:
+        """Tokens a second; None when this process made no step."""
+        rate = timer.tokens_per_second
+        return rate if math.isfinite(rate) else None
+
+    def _draw(self, references: dict[str, float]) -> None:
+        rows = self._run.metrics()
+        if not rows:
+            return
+        draw_loss(
+            [*rows, *self._run.evaluations()],
+            self._run.loss_picture,
+            references.get("zlib"),
+            references.get("xz"),
+        )
+        loads = [r for r in rows if r.get("tokens_per_expert")]
+        if loads:
+            history = np.array([r["tokens_per_expert"] for r in loads])
+            steps = [r["step"] for r in loads]
+            draw_expert_load(history, self._run.expert_load_picture, steps)
+
+
+def _memory_bytes(mesh: Any) -> int:
+    """Peak bytes of a device, or of the process where devices do not tell (CPU)."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

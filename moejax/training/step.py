@@ -1,0 +1,174 @@
+"""One training step, and held-out evaluation, inside one fully manual shard_map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moejax.layer import MoEAux
+from moejax.routing.bias import update_bias
+from moejax.training.config import TrainConfig
+from moejax.training.optimizer import adamw_update, learning_rate
+from moejax.training.state import Blueprint, TrainState
+from sharding.collectives import psum_statistics
+from sharding.mesh import TOKEN_AXES
+from sharding.specs import specs_of
+from sharding.zero import gather_weights, scatter_gradients
+
+__all__ = ["BATCH_SPEC", "compiler_options", "make_eval_step", "make_gather", "make_train_step"]
+
+BATCH_SPEC = P(None, TOKEN_AXES, None)
+"""[accumulation, examples, tokens + 1]: examples are split over `data` × `expert`."""
+
+Metrics = dict[str, Any]
+
+
+def compiler_options(config: TrainConfig, platform: str) -> dict[str, bool]:
+    """Compiler options for a run: deterministic reductions on GPU when asked for."""
+    if config.deterministic and platform in ("gpu", "cuda"):
+        return {"xla_gpu_deterministic_ops": True}
+    return {}
+
+
+def make_train_step(
+    blueprint: Blueprint, config: TrainConfig, **jit_options: Any
+) -> Callable[[TrainState, jax.Array, Any], tuple[TrainState, Metrics]]:
+    """Builds the jitted step `(state, batch, placement) → (state, metrics)`.
+
+    The batch is int32 [accumulate, examples, seq_len + 1], laid out as `BATCH_SPEC`; the placement
+    None or stacked [L_moe, …]. The state's buffers are donated. Metrics are replicated:
+    `loss` and `aux_loss` (nats a token), `grad_norm`, `learning_rate`, and `moe`, the layers'
+    `MoEAux` summed over devices and microbatches ([L_moe, …]); None without experts.
+    """
+    compute_dtype = jnp.dtype(blueprint.config.compute_dtype)
+    tokens = config.data.batch_size // config.accumulate * config.data.seq_len
+
+    def loss_share(weights: nnx.State, biases: nnx.State, batch_BS: jax.Array, placement: Any):
+        model = blueprint.merge(weights, biases)
+        out = model(batch_BS[:, :-1], placement=placement)
+        nll_BS = model.nll(out.hidden_BSD, batch_BS[:, 1:], chunk=config.loss_chunk or None)
+        loss = jnp.sum(nll_BS) / tokens
+        if out.aux is None:
+            return loss, (loss, jnp.zeros((), jnp.float32), None)
+        extra = jnp.sum(out.aux.losses.load_balance) + jnp.sum(out.aux.losses.z)
+        return loss + extra, (loss, extra, out.aux.over_devices())
+
+    def step(state: TrainState, batch: jax.Array, placement: Any):
+        weights = gather_weights(state.masters, blueprint.storage, compute_dtype)
+        grads, (loss, extra, moe) = _accumulated(
+            jax.grad(loss_share, has_aux=True), weights, state.biases, batch, placement
+        )
+        grads = scatter_gradients(grads, blueprint.storage)
+        rate = learning_rate(config.optimizer, config.steps, state.step)
+        masters, moments, norm = adamw_update(
+            config.optimizer,
+            rate,
+            state.step,
+            state.masters,
+            state.moments,
+            grads,
+            blueprint.stored_specs,
+        )
+        biases = _balanced(state.biases, blueprint, moe)
+        loss, extra = psum_statistics((loss, extra), TOKEN_AXES)
+        metrics = {
+            "loss": loss,
+            "aux_loss": extra,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "moe": moe,
+        }
+        return TrainState(state.step + 1, masters, moments, biases), metrics
+
+    specs = blueprint.state_specs()
+    mapped = jax.shard_map(
+        step,
+        mesh=blueprint.mesh,
+        in_specs=(specs, BATCH_SPEC, P()),
+        out_specs=(specs, P()),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0, **jit_options)
+
+
+def _accumulated(grad_fn: Callable, weights: Any, biases: Any, batch: jax.Array, placement: Any):
+    """Mean gradients and losses over microbatches, float32; statistics summed (waves: largest)."""
+    if batch.shape[0] == 1:
+        return grad_fn(weights, biases, batch[0], placement)
+    count = batch.shape[0]
+
+    def body(carry: Any, micro: jax.Array) -> tuple[Any, MoEAux | None]:
+        grads, losses = carry
+        new, (*new_losses, moe) = grad_fn(weights, biases, micro, placement)
+        grads = jax.tree.map(lambda s, g: s + g.astype(jnp.float32) / count, grads, new)
+        losses = jax.tree.map(lambda s, x: s + x / count, losses, tuple(new_losses))
+        return (grads, losses), moe
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    start = (zeros, (jnp.zeros((), jnp.float32),) * 2)
+    (grads, losses), moe = lax.scan(body, start, batch)
+    return grads, (*losses, None if moe is None else moe.summed())
+
+
+def _balanced(biases: nnx.State, blueprint: Blueprint, moe: MoEAux | None) -> nnx.State:
+    """The selection biases after this step's counts; layers in order, stacked or single."""
+    rate = blueprint.config.moe.router.bias_update_rate
+    if moe is None or rate == 0.0:
+        return biases
+    rows, flat = 0, dict(nnx.to_flat_state(biases))
+    updated = []
+    for group in blueprint.groups:
+        if group.layer.moe is None:
+            continue
+        counts_LE = moe.counts_E[rows : rows + group.size]
+        rows += group.size
+        for path, variable in flat.items():
+            if path[:2] == ("layers", group.name):
+                counts = counts_LE if group.scanned else counts_LE[0]
+                updated.append((path, variable.replace(update_bias(variable[...], counts, rate))))
+    return nnx.from_flat_state(updated)
+
+
+def make_eval_step(
+    blueprint: Blueprint, loss_chunk: int = 0, **jit_options: Any
+) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+    """Builds `(params, biases, tokens, mask) → summed nll`, float32 [] nats.
+
+    Params are split by their use (`specs_of`); tokens int32 [B, S + 1] and mask bool [B, S] over
+    `data` × `expert`. Masked-out targets count nothing; all tokens are routed.
+    """
+
+    def evaluate(params: Any, biases: Any, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+        model = blueprint.merge(params, biases)
+        out = model(tokens_BS[:, :-1], inference=True)
+        nll_BS = model.nll(out.hidden_BSD, tokens_BS[:, 1:], chunk=loss_chunk or None)
+        return psum_statistics(jnp.sum(jnp.where(mask_BS, nll_BS, 0.0)), TOKEN_AXES)
+
+    rows = P(TOKEN_AXES, None)
+    mapped = jax.shard_map(
+        evaluate,
+        mesh=blueprint.mesh,
+        in_specs=(specs_of(blueprint.params), blueprint.bias_specs, rows, rows),
+        out_specs=P(),
+        check_vma=False,
+    )
+    return jax.jit(mapped, **jit_options)
+
+
+def make_gather(blueprint: Blueprint) -> Callable[[nnx.State], nnx.State]:
+    """Builds `masters → params` for evaluation: gathered over `data`, in the compute dtype."""
+    dtype = jnp.dtype(blueprint.config.compute_dtype)
+    mapped = jax.shard_map(
+        lambda masters: gather_weights(masters, blueprint.storage, dtype),
+        mesh=blueprint.mesh,
+        in_specs=(blueprint.stored_specs,),
+        out_specs=specs_of(blueprint.params),
+        check_vma=False,
+    )
+    return jax.jit(mapped)

@@ -1,0 +1,1 @@
+"""Products of rows sorted by group with one matrix a group."""

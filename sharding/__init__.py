@@ -1,0 +1,1 @@
+"""Meshes, named collectives, stored pieces, and the cost of it all."""

@@ -1,0 +1,184 @@
+"""Every crossing between devices, by name, each with its own transpose.
+
+All of these run inside one fully manual `jax.shard_map(..., check_vma=False)`. The transposes are
+right when `grad` is taken *inside* that shard_map, under this convention:
+
+* the loss of a device is its *share*: the sum over `data` × `expert` is the global loss;
+* along `tensor` everything outside a tensor-parallel region is replicated, cotangents included.
+
+Taken outside the shard_map the same transposes would be off by the axis size; `moejax.layer`
+wraps the standalone layer for that use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+__all__ = [
+    "all_gather",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
+    "enter_parallel",
+    "exit_parallel",
+    "psum_statistics",
+    "reduce_scatter",
+]
+
+AxisNames = str | Sequence[str]
+
+
+def axis_size(axis: AxisNames) -> int:
+    """Number of devices along an axis, or along several together. Static."""
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    size = 1
+    for name in names:
+        size *= lax.axis_size(name)
+    return size
+
+
+def axis_index(axis: str) -> jax.Array:
+    """This device's position along an axis; int32 []."""
+    return lax.axis_index(axis)
+
+
+def psum_statistics(x, axis: AxisNames):
+    """Sum over an axis of something no gradient flows through (counts, norms, metrics).
+
+    Args:
+        x: a pytree of arrays.
+        axis: mesh axis or axes.
+    """
+    return lax.psum(jax.tree.map(lax.stop_gradient, x), axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def enter_parallel(x, axis: AxisNames):
+    """Identity forward, sum backward: what is replicated enters a region split along `axis`.
+
+    The `f` of Megatron-LM (arXiv 1909.08053 §3). Works on any pytree of float arrays.
+    """
+    del axis
+    return x
+
+
+def _enter_fwd(x, axis):
+    del axis
+    return x, None
+
+
+def _enter_bwd(axis, _, ct):
+    return (lax.psum(ct, axis),)
+
+
+enter_parallel.defvjp(_enter_fwd, _enter_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def exit_parallel(x, axis: AxisNames):
+    """Sum forward, identity backward: partial results leave a region split along `axis`.
+
+    The `g` of Megatron-LM (arXiv 1909.08053 §3). Works on any pytree of float arrays.
+    """
+    return lax.psum(x, axis)
+
+
+def _exit_fwd(x, axis):
+    return lax.psum(x, axis), None
+
+
+def _exit_bwd(axis, _, ct):
+    del axis
+    return (ct,)
+
+
+exit_parallel.defvjp(_exit_fwd, _exit_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def all_gather(x: jax.Array, axis: AxisNames, dim: int = 0) -> jax.Array:
+    """Concatenates the devices' pieces along `dim`; backward is a `reduce_scatter`.
+
+    Args:
+        x: [..., n, ...], any dtype (integers carry no gradient).
+        axis: mesh axis or axes.
+        dim: the dimension that grows by the axis size.
+    """
+    return lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def _gather_fwd(x, axis, dim):
+    return all_gather(x, axis, dim), None
+
+
+def _gather_bwd(axis, dim, _, ct):
+    return (_sum_scatter(ct, axis, dim),)
+
+
+all_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reduce_scatter(x: jax.Array, axis: AxisNames, dim: int = 0) -> jax.Array:
+    """Sums over the devices in float32 and keeps this device's piece; backward an all-gather.
+
+    Runs as an all-to-all of the pieces and a local sum: the bytes of a ring reduce-scatter, but
+    each term is rounded once, not once a hop.
+
+    Args:
+        x: [..., n·size, ...].
+        axis: mesh axis or axes.
+        dim: the dimension that shrinks by the axis size.
+
+    Returns:
+        [..., n, ...] in x's dtype.
+    """
+    return _sum_scatter(x, axis, dim)
+
+
+def _sum_scatter(x: jax.Array, axis: AxisNames, dim: int) -> jax.Array:
+    size = axis_size(axis)
+    if size == 1:
+        return x
+    pieces = x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
+    pieces = jnp.moveaxis(pieces, dim, 0)
+    received = lax.all_to_all(pieces, axis, split_axis=0, concat_axis=0)
+    return jnp.sum(received.astype(jnp.float32), axis=0).astype(x.dtype)
+
+
+def _scatter_fwd(x, axis, dim):
+    return _sum_scatter(x, axis, dim), None
+
+
+def _scatter_bwd(axis, dim, _, ct):
+    return (lax.all_gather(ct, axis, axis=dim, tiled=True),)
+
+
+reduce_scatter.defvjp(_scatter_fwd, _scatter_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def all_to_all(x: jax.Array, axis: str) -> jax.Array:
+    """Device i's x[j] becomes device j's result[i]; backward is the same exchange.
+
+    Args:
+        x: [G, ...], G the axis size.
+        axis: mesh axis.
+    """
+    return lax.all_to_all(x, axis, split_axis=0, concat_axis=0)
+
+
+def _a2a_fwd(x, axis):
+    return all_to_all(x, axis), None
+
+
+def _a2a_bwd(axis, _, ct):
+    return (lax.all_to_all(ct, axis, split_axis=0, concat_axis=0),)
+
+
+all_to_all.defvjp(_a2a_fwd, _a2a_bwd)

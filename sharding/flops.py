@@ -1,0 +1,60 @@
+"""Floating-point operations a token costs, and what devices can do at most."""
+
+from __future__ import annotations
+
+from moejax.config import ExpertsConfig, ModelConfig
+
+__all__ = ["PEAK_FLOPS", "active_matrix_parameters", "peak_flops", "step_flops_per_token"]
+
+PEAK_FLOPS: dict[str, float] = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5e": 197e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6e": 918e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bf16 peak of a device by `device_kind`, FLOP/s, from the vendors' data sheets."""
+
+
+def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
+    """Peak FLOP/s of a device; None where it is not known or the products are not bf16."""
+    return PEAK_FLOPS.get(device_kind) if compute_dtype == "bfloat16" else None
+
+
+def _mlp_parameters(d_model: int, experts: ExpertsConfig, hidden: int) -> int:
+    return d_model * hidden * (experts.num_in + 1)
+
+
+def active_matrix_parameters(config: ModelConfig) -> int:
+    """Weights that one token is multiplied with: attention, router, K experts, shared, head.
+
+    The embedding is a lookup and counts nothing; norms and biases are left out.
+    """
+    attention, d_model = config.attention, config.d_model
+    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    total = d_model * config.vocab_size
+    for layer in config.layers():
+        total += d_model * heads * attention.head_dim
+        if layer.moe is not None:
+            experts, router = layer.moe.experts, layer.moe.router
+            hidden = router.top_k * experts.hidden + experts.shared_hidden
+            total += _mlp_parameters(d_model, experts, hidden) + d_model * router.num_experts
+        elif layer.dense is not None:
+            total += _mlp_parameters(d_model, layer.dense, layer.dense.hidden)
+    return total
+
+
+def step_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward a token: 6 a weight, and causal attention's products.
+
+    Attention counts the half that a causal mask leaves: forward 2·S·N·h a layer, three times
+    that with the backward (arXiv 2204.02311, appendix B, counts the whole square).
+    """
+    attention = config.attention
+    scores = 2.0 * seq_len * attention.num_heads * attention.head_dim * config.num_layers
+    return 6.0 * active_matrix_parameters(config) + 3.0 * scores

@@ -1,0 +1,231 @@
+"""Closed formulas for the bytes that each collective of a training step moves.
+
+`sharding.traffic` counts the same in the traced program; tests hold the two together. Letters as in
+`moejax.config`; c is the bytes of one number in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moejax.config import LayerConfig, ModelConfig
+from moejax.exchange.budget import Budget, choose
+from moejax.exchange.wire import row_bytes
+from moejax.placement.arrays import num_slots
+from moejax.training.config import TrainConfig
+from sharding.gradients import missing_axes
+from sharding.mesh import AXES, DATA, EXPERT, TENSOR, TOKEN_AXES, MeshShape
+from sharding.specs import axes_of
+from sharding.traffic import Crossing, Kind, Phase, add_up, sent_bytes
+from sharding.zero import Storage
+
+__all__ = [
+    "expected_collectives",
+    "item_size",
+    "layer_budget",
+    "local_elements",
+    "tokens_at_once",
+    "variables_of",
+]
+
+
+def item_size(config: ModelConfig) -> int:
+    """Bytes c of one number in the compute dtype."""
+    return {"float32": 4, "bfloat16": 2}[config.compute_dtype]
+
+
+def tokens_at_once(config: TrainConfig, mesh: MeshShape) -> int:
+    """T: tokens of a device in one microbatch."""
+    examples = config.data.batch_size // config.accumulate
+    return examples * config.data.seq_len // (mesh.data * mesh.expert)
+
+
+def layer_budget(layer: LayerConfig, tokens: int, devices: int) -> Budget:
+    """The exchange of an MoE layer.
+
+    Args:
+        layer: has `moe`.
+        tokens: T of a device, in one microbatch.
+        devices: G along `expert`.
+    """
+    assert layer.moe is not None
+    router = layer.moe.router
+    return choose(
+        layer.moe.exchange,
+        tokens=tokens,
+        top_k=router.top_k,
+        num_experts=router.num_experts,
+        slots=num_slots(router.num_experts, devices),
+        devices=devices,
+    )
+
+
+def variables_of(params: nnx.State, storage: Any) -> Iterator[tuple[tuple[int, ...], Storage]]:
+    """Global shape and storage of every parameter of a `Blueprint`."""
+    leaves = jax.tree.leaves(storage, is_leaf=lambda x: isinstance(x, Storage))
+    variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for variable, stored in zip(variables, leaves, strict=True):
+        yield tuple(variable.get_value().shape), stored
+
+
+def local_elements(shape: tuple[int, ...], storage: Storage, mesh: MeshShape) -> int:
+    """Elements of a parameter on a device that uses it."""
+    return math.prod(shape) // math.prod(getattr(mesh, a) for a in axes_of(storage.spec))
+
+
+def expected_collectives(
+    config: TrainConfig, mesh: MeshShape, params: nnx.State, storage: Any
+) -> list[Crossing]:
+    """Every collective of a training step, by formula; `times` counts the arrays.
+
+    Args:
+        config: the run.
+        mesh: sizes of the axes.
+        params, storage: of the `Blueprint`.
+    """
+    formulas = _Formulas(config, mesh)
+    return add_up(
+        crossing
+        for part in (formulas.model(), formulas.weights(variables_of(params, storage)))
+        for crossing in part
+    )
+
+
+class _Formulas:
+    def __init__(self, config: TrainConfig, mesh: MeshShape):
+        self.config, self.mesh, self.model_config = config, mesh, config.model
+        self.item = item_size(config.model)
+        self.tokens = tokens_at_once(config, mesh)
+
+    def one(
+        self,
+        name: str,
+        phase: Phase,
+        kind: Kind,
+        axes: str | tuple[str, ...],
+        operand: float,
+        times: int | None = None,
+        extra: bool = False,
+    ) -> Crossing:
+        axes = (axes,) if isinstance(axes, str) else axes
+        axes = tuple(a for a in axes if getattr(self.mesh, a) > 1)
+        times = self.config.accumulate if times is None else times
+        devices = math.prod(getattr(self.mesh, a) for a in axes)
+        sent = times * sent_bytes(kind, devices, operand)
+        return Crossing(name, phase, kind, axes, times, sent, extra)
+
+    def weights(self, variables: Iterator[tuple[tuple[int, ...], Storage]]) -> Iterator[Crossing]:
+        splits: set[tuple[str, ...]] = set()
+        for shape, stored in variables:
+            size = local_elements(shape, stored, self.mesh)
+            splits.add(tuple(a for a in AXES if a in axes_of(stored.stored)))
+            axes = missing_axes(stored.spec)
+            if stored.dim is not None:
+                piece, item = size // self.mesh.data, 4 if stored.dtype else self.item
+                yield self.one("weight gather", "", "all-gather", DATA, piece * item, 1)
+                yield self.one("gradient reduction", "", "reduce-scatter", DATA, 4 * size, 1)
+                size, axes = piece, tuple(a for a in axes if a != DATA)
+            yield self.one("gradient reduction", "", "all-reduce", axes, 4 * size, 1)
+        for axes in splits:
+            yield self.one("gradient norm", "", "all-reduce", axes, 4, 1)
+        yield self.one("loss", "", "all-reduce", TOKEN_AXES, 4, 2)
+
+    def model(self) -> Iterator[Crossing]:
+        wide = self.tokens * self.model_config.d_model * self.item  # T·D·c
+        yield self.one("embedding", "forward", "all-reduce", TENSOR, wide)
+        for layer in self.model_config.layers():
+            yield from self.attention(layer, wide)
+            if layer.dense is not None:
+                yield self.one("MLP", "forward", "all-reduce", TENSOR, wide)
+                yield self.one("MLP", "backward", "all-reduce", TENSOR, wide)
+            else:
+                yield from self.experts(layer, wide)
+                yield from self.exchange(layer, layer_budget(layer, self.tokens, self.mesh.expert))
+        yield from self.loss()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Iterator[Crossing]:
+        """A collective of a layer's forward, and again for the backward if layers are rematted."""
+        name, *rest = args
+        yield self.one(name, "forward", *rest, **kwargs)
+        if self.model_config.remat != "none":
+            yield self.one(name, "recomputed", *rest, **kwargs)
+
+    def attention(self, layer: LayerConfig, wide: int) -> Iterator[Crossing]:
+        yield from self.forward("attention", "all-reduce", TENSOR, wide)
+        yield self.one("attention", "backward", "all-reduce", TENSOR, wide)
+        for _ in "qk":
+            if layer.attention.qk_norm == "full":  # a mean square for each token, both ways
+                yield from self.forward("attention", "all-reduce", TENSOR, 4 * self.tokens)
+                yield self.one("attention", "backward", "all-reduce", TENSOR, 4 * self.tokens)
+            elif layer.attention.qk_norm == "head":  # the gradient of the shared scale
+                scale = 4 * layer.attention.head_dim
+                yield self.one("attention", "backward", "all-reduce", TENSOR, scale)
+
+    def experts(self, layer: LayerConfig, wide: int) -> Iterator[Crossing]:
+        assert layer.moe is not None
+        router, experts = layer.moe.router, layer.moe.experts
+        # Tokens and scores enter the tensor-parallel region; a float32 sum leaves it.
+        yield self.one("experts", "forward", "all-reduce", TENSOR, wide // self.item * 4)
+        yield self.one("experts", "backward", "all-reduce", TENSOR, wide)
+        scores = 4 * self.tokens * router.top_k
+        yield self.one("experts", "backward", "all-reduce", TENSOR, scores)
+        if experts.bias:
+            slots = num_slots(router.num_experts, self.mesh.expert)
+            output_bias = slots * layer.d_model * self.item
+            yield self.one("experts", "backward", "all-reduce", TENSOR, output_bias)
+            if experts.shared_hidden:
+                yield self.one("MLP", "backward", "all-reduce", TENSOR, layer.d_model * self.item)
+        if experts.shared_gate:
+            yield self.one("experts", "backward", "all-reduce", TENSOR, 4 * layer.d_model)
+        if router.load_balance_coef or router.z_loss_coef:
+            counts = 4 * router.num_experts
+            yield from self.forward("router statistics", "all-reduce", TOKEN_AXES, counts)
+        # Counts of each expert; losses, entropy, tokens; the exchange's seven counters.
+        reported = 4 * (router.num_experts + 4 + 7)
+        yield self.one("metrics", "forward", "all-reduce", TOKEN_AXES, reported)
+
+    def exchange(self, layer: LayerConfig, budget: Budget) -> Iterator[Crossing]:
+        assert layer.moe is not None
+        if layer.moe.exchange.capacity_factor is not None:
+            counts = 4 * layer.moe.router.num_experts
+            yield from self.forward("capacity counts", "all-gather", EXPERT, counts)
+        if not budget.single_wave:
+            yield from self.forward("number of waves", "all-reduce", TOKEN_AXES, 4)
+        if budget.mode == "local":
+            return
+        rows = budget.received_rows
+        if budget.mode == "ring":
+            # Slots, activations and scores of every token go everywhere.
+            row, scores = layer.d_model * self.item, 4 * budget.top_k
+            out: tuple[Kind, int] = ("all-gather", budget.tokens * (row + 2 * scores))
+            home, back = rows * row, rows * (row + scores)
+        else:
+            sizes = row_bytes(layer.d_model, self.model_config.compute_dtype, budget.copies)
+            out = ("all-to-all", rows * sizes[0])
+            home, back = rows * sizes[1], rows * sizes[2]
+        yield from self.forward("dispatch", out[0], EXPERT, out[1])
+        yield self.one("dispatch", "backward", "all-to-all", EXPERT, back)
+        yield self.one("combine", "forward", "all-to-all", EXPERT, home)
+        yield self.one("combine", "backward", "all-to-all", EXPERT, home)
+        if not budget.single_wave:
+            # The backward of a further wave dispatches its rows once more.
+            for kind, operand in (out, ("all-to-all", home)):
+                yield self.one("further wave", "forward", kind, EXPERT, operand, extra=True)
+            for kind, operand in (out, ("all-to-all", home), ("all-to-all", back)):
+                yield self.one("further wave", "backward", kind, EXPERT, operand, extra=True)
+
+    def loss(self) -> Iterator[Crossing]:
+        tokens, chunk, again = self.tokens, self.config.loss_chunk, False
+        if chunk and chunk < tokens:
+            tokens, again = -(-tokens // chunk) * chunk, True
+        wide = tokens * self.model_config.d_model * self.item
+        yield self.one("logits", "backward", "all-reduce", TENSOR, wide)
+        # Largest logit, sum of exponentials, target's logit; the last needs no repetition.
+        yield self.one("cross-entropy", "forward", "all-reduce", TENSOR, 3 * 4 * tokens)
+        if again:
+            yield self.one("cross-entropy", "recomputed", "all-reduce", TENSOR, 2 * 4 * tokens)

@@ -1,0 +1,28 @@
+"""Eight fake CPU devices, strict dtype promotion, warnings as errors (pyproject.toml)."""
+
+import os
+
+# Compiling takes most of the time: LLVM need not try hard, XLA's own passes stay as they are.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_backend_optimization_level=0"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    " --xla_cpu_collective_timeout_seconds=300"
+)
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_threefry_partitionable", True)
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Fresh numbers each run; the seed is printed when the test fails."""
+    seed = int(np.random.SeedSequence().entropy) % 2**32
+    request.node.user_properties.append(("seed", seed))
+    print(f"rng seed {seed}")
+    return np.random.default_rng(seed)

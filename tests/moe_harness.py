@@ -1,0 +1,252 @@
+"""One MoE layer inside a shard_map with its gradients, fed and read in the oracle's terms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from oracle import Dense, Result, dense_moe, relative_error
+
+from moejax.config import MoEConfig
+from moejax.exchange.budget import Budget
+from moejax.layer import MoELayer
+from moejax.placement.arrays import home_slots
+from sharding.gradients import reduce_gradients
+from sharding.mesh import TOKEN_AXES, MeshShape, make_mesh
+from sharding.specs import specs_of
+
+# The same program, its machine code less polished: compiling takes most of these tests' time.
+QUICK = {"xla_backend_optimization_level": 0}
+
+PATHS = {
+    "router": ("router", "w_DE"),
+    "router_b": ("router", "b_E"),
+    "w_in": ("bank", "w_in"),
+    "w_out": ("bank", "w_out"),
+    "b_in": ("bank", "b_in"),
+    "b_out": ("bank", "b_out"),
+    "shared_w_in": ("shared", "w_in"),
+    "shared_w_out": ("shared", "w_out"),
+    "shared_b_in": ("shared", "b_in"),
+    "shared_b_out": ("shared", "b_out"),
+    "shared_gate": ("shared_gate",),
+}
+
+
+def random_weights(rng: np.random.Generator, config: MoEConfig, d_model: int) -> dict:
+    """Float32 weights of every kind the configuration has, large enough to matter."""
+    experts, num_experts = config.experts, config.router.num_experts
+    hidden, shared, num_in = experts.hidden, experts.shared_hidden, experts.num_in
+
+    def normal(*shape, fan_in):
+        return (rng.normal(size=shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    w = {
+        "router": normal(d_model, num_experts, fan_in=d_model),
+        "w_in": normal(num_experts, d_model, num_in, hidden, fan_in=d_model),
+        "w_out": normal(num_experts, hidden, d_model, fan_in=hidden),
+    }
+    if config.router.bias:
+        w["router_b"] = normal(num_experts, fan_in=100)
+    if experts.bias:
+        w["b_in"] = normal(num_experts, num_in, hidden, fan_in=4)
+        w["b_out"] = normal(num_experts, d_model, fan_in=4)
+    if shared:
+        w["shared_w_in"] = normal(d_model, num_in, shared, fan_in=d_model)
+        w["shared_w_out"] = normal(shared, d_model, fan_in=shared)
+        if experts.bias:
+            w["shared_b_in"] = normal(num_in, shared, fan_in=4)
+            w["shared_b_out"] = normal(d_model, fan_in=4)
+    if experts.shared_gate:
+        w["shared_gate"] = normal(d_model, fan_in=d_model)
+    return w
+
+
+def dense_spec(config: MoEConfig) -> Dense:
+    router = config.router
+    return Dense(
+        router.top_k,
+        config.experts.activation,
+        router.renormalize,
+        router.load_balance_coef,
+        router.z_loss_coef,
+    )
+
+
+def get(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+class ShardedLayer:
+    """A compiled function of weights, tokens, mask and cotangent; all routings come as data."""
+
+    def __init__(
+        self, shape, config: MoEConfig, d_model: int, tokens: int, hosts=None, quick=True
+    ) -> None:
+        self.config, self.tokens = config, tokens
+        self.data, self.expert, _ = shape
+        self.devices = self.data * self.expert
+        layer = MoELayer(d_model, config, expert_devices=self.expert, rngs=nnx.Rngs(0), hosts=hosts)
+        self.layer = layer
+        self.home = home_slots(config.router.num_experts, self.expert)
+        graph, self.state, rest = nnx.split(layer, nnx.Param, ...)
+        specs, rows = specs_of(self.state), P(TOKEN_AXES)
+
+        def body(params, x, mask, ct, placement):
+            def loss(params, x):
+                y, aux = nnx.merge(graph, params, rest)(x, placement, token_mask_T=mask)
+                share = jnp.sum(y.astype(jnp.float32) * ct) + aux.losses.total
+                return share, (y, aux)
+
+            (share, (y, aux)), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+            waves = aux.counters.waves[None]
+            return (
+                y,
+                lax.psum(share, TOKEN_AXES),
+                aux.over_devices(),
+                (reduce_gradients(grads[0], specs), grads[1]),
+                waves,
+            )
+
+        self.jitted = jax.jit(
+            jax.shard_map(
+                body,
+                mesh=make_mesh(MeshShape(*shape)),
+                in_specs=(specs, rows, rows, rows, P()),
+                out_specs=(rows, P(), P(), (specs, rows), rows),
+                check_vma=False,
+            ),
+            compiler_options=QUICK if quick else {},
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all devices together."""
+        return self.tokens * self.devices
+
+    def params(self, weights: dict):
+        """Weights in logical order → the layer's parameters at home."""
+        pure = nnx.to_pure_dict(self.state)
+        for name, path in PATHS.items():
+            if name in weights:
+                leaf = get(pure, path)
+                value = weights[name]
+                if path[0] == "bank":
+                    value = np.zeros(leaf.shape, np.float32)
+                    value[self.home] = weights[name]
+                get(pure, path[:-1])[path[-1]] = jnp.asarray(value)
+        state = jax.tree.map(lambda leaf: leaf, self.state)
+        nnx.replace_by_pure_dict(state, pure)
+        return state
+
+    def logical(self, grads, names) -> dict:
+        """The layer's gradients → logical order; padding slots must have none."""
+        pure, out = nnx.to_pure_dict(grads), {}
+        for name in names:
+            value = np.asarray(get(pure, PATHS[name]))
+            if PATHS[name][0] == "bank":
+                assert not np.delete(value, self.home, axis=0).any(), f"{name}: padding slots"
+                value = value[self.home]
+            out[name] = value
+        return out
+
+    def __call__(self, weights, x, ct, mask=None, placement=None):
+        """y, loss, report summed over the mesh, gradients with `x` among them, waves by device."""
+        mask = np.ones(self.num_tokens, bool) if mask is None else mask
+        y, loss, aux, (grads, x_grad), waves = self.jitted(
+            self.params(weights), x, mask, ct.astype(np.float32), placement
+        )
+        named = self.logical(grads, weights)
+        named["x"] = np.asarray(x_grad)
+        return np.asarray(y), float(loss), aux, named, np.asarray(waves)
+
+
+@cache
+def sharded_layer(shape, config, d_model, tokens, hosts=None, quick=True) -> ShardedLayer:
+    """Compiled once for all tests that ask for the same."""
+    return ShardedLayer(shape, config, d_model, tokens, hosts, quick)
+
+
+def errors(run, want: Result) -> dict[str, float]:
+    """Norm-relative error of everything a run returned."""
+    y, loss, _, grads, _ = run
+    found = {"y": relative_error(y, want.y)}
+    found["loss"] = relative_error(loss, want.loss, want.scales["loss"])
+    for name, value in grads.items():
+        found[name] = relative_error(value, want.grads[name], want.scales.get(name))
+    assert set(grads) == set(want.grads)
+    return found
+
+
+def check_report(
+    run, want: Result, sharded: ShardedLayer, hosts=None, slots=None, dropped=0, placement=None
+) -> int:
+    """Statistics and counters of a run against loops over the oracle's choice; returns waves.
+
+    `slots` [tokens, K]: where assignments went, if not home.
+    """
+    aux = run[2]
+    assert np.array_equal(aux.counts_E, want.counts)
+    assert int(aux.num_tokens) == (want.experts[:, 0] >= 0).sum()
+    np.testing.assert_allclose(float(aux.entropy_sum), want.entropy_sum, rtol=1e-5, atol=1e-5)
+    slots = np.where(want.experts >= 0, sharded.home[want.experts], -1) if slots is None else slots
+    slots = slots.reshape(sharded.devices, sharded.tokens, -1)
+    budget = sharded.layer.budget(sharded.tokens, placement)
+    expected = brute_counters(slots, budget, hosts) | {"dropped": dropped}
+    found = {k: int(getattr(aux.counters, k)) for k in expected}
+    assert found == expected
+    assert (run[4] == expected["waves"]).all(), "devices disagree on the number of waves"
+    return expected["waves"]
+
+
+def brute_waves(slots_TK, budget: Budget) -> tuple[int, Counter]:
+    """Waves of one source by walking its tokens, and its rows for each device.
+
+    The rule: of one (source, device) pair a row opens a new wave for every C rows that went before,
+    and for every `quota` assignments, unless C rows cannot hold more than that.
+    """
+    tight = budget.quota < budget.rows * min(budget.top_k, budget.slots)
+    rows, assigned, last = Counter(), Counter(), 0
+    for token in slots_TK:
+        needed = Counter(int(s) // budget.slots for s in token if s >= 0)
+        for device, count in needed.items():
+            wave = rows[device] // budget.rows
+            wave += assigned[device] // budget.quota if tight else 0
+            last = max(last, wave)
+            rows[device] += 1
+            assigned[device] += count
+    return last + 1, rows
+
+
+def brute_counters(slots_STK, budget: Budget, hosts=None) -> dict[str, int]:
+    """Counters summed over all sources (data × expert, expert fastest), nothing being dropped."""
+    hosts = [0] * budget.devices if hosts is None else hosts
+    waves = max(brute_waves(s, budget)[0] for s in slots_STK)
+    total = dict.fromkeys(("rows_self", "rows_host", "rows_network", "rows_padding"), 0)
+    for source, slots_TK in enumerate(slots_STK):
+        me = source % budget.devices
+        away = 0
+        for device, count in brute_waves(slots_TK, budget)[1].items():
+            if device == me:
+                total["rows_self"] += count
+                continue
+            away += count
+            near = hosts[device] == hosts[me]
+            total["rows_host" if near else "rows_network"] += count
+        sent = {"local": 0, "ring": budget.tokens, "all_to_all": budget.rows}[budget.mode]
+        total["rows_padding"] += waves * (budget.devices - 1) * sent - away
+    assigned = int((slots_STK >= 0).sum())
+    return total | {"waves": waves, "assignments": assigned, "dropped": 0}
+
+
+def run_oracle(config: MoEConfig, weights, x, ct, mask=None, kept=None) -> Result:
+    """The oracle for a layer's configuration."""
+    return dense_moe(dense_spec(config), weights, x, ct, mask, kept)

@@ -1,0 +1,151 @@
+"""Every backend of the grouped matmul against float64 numpy, forward and backward."""
+
+from functools import partial
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import numpy as jnp
+from oracle import relative_error
+
+from pallas_kernels.grouped_matmul.api import BACKENDS, explain, grouped_matmul, row_alignment
+
+BFLOAT16 = ml_dtypes.bfloat16
+BOUND = {np.float32: 1e-6, BFLOAT16: 1e-2}
+
+
+@partial(jax.jit, static_argnames=("alignment", "backend"))
+def run_and_pull(lhs, rhs, sizes, ct, alignment, backend):
+    def product(lhs, rhs):
+        return grouped_matmul(lhs, rhs, sizes, alignment=alignment, backend=backend)
+
+    out, pull = jax.vjp(product, lhs, rhs)
+    return out, *pull(ct)
+
+
+def numpy_grouped(lhs, rhs, sizes, ct):
+    lhs, rhs, ct = (a.astype(np.float64) for a in (lhs, rhs, ct))
+    out, lhs_ct, rhs_ct = np.zeros_like(ct), np.zeros_like(lhs), np.zeros_like(rhs)
+    start = 0
+    for g, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        out[rows] = lhs[rows] @ rhs[g]
+        lhs_ct[rows] = ct[rows] @ rhs[g].T
+        rhs_ct[g] = lhs[rows].T @ ct[rows]
+        start += size
+    return out, lhs_ct, rhs_ct
+
+
+def draw(rng, rows, groups, sizes, dtype=np.float32, width=6, out=5):
+    """Rows past the last group are zero, as the contract asks."""
+    lhs = rng.normal(size=(rows, width)).astype(dtype)
+    lhs[sum(sizes) :] = 0
+    rhs = rng.normal(size=(groups, width, out)).astype(dtype)
+    ct = rng.normal(size=(rows, out)).astype(dtype)
+    ct[sum(sizes) :] = 0
+    return lhs, rhs, np.asarray(sizes, np.int32), ct
+
+
+def check(inputs, alignment, backend):
+    got = run_and_pull(*inputs, alignment=alignment, backend=backend)
+    sizes, dtype = inputs[2], inputs[0].dtype.type
+    for name, value, want in zip(("out", "lhs", "rhs"), got, numpy_grouped(*inputs)):
+        assert value.dtype == dtype
+        error = relative_error(value, want)
+        assert error <= BOUND[dtype], f"{name} is off by {error:.1e} of its norm"
+    out, lhs_ct, rhs_ct = map(np.asarray, got)
+    assert not rhs_ct[sizes == 0].any(), "an empty group's gradient is exactly zero"
+    assert not out[sizes.sum() :].any() and not lhs_ct[sizes.sum() :].any()
+
+
+CASES = {  # rows, sizes, alignment
+    "even": (12, (4, 4, 4), 4),
+    "empty groups": (20, (0, 8, 0, 0, 12, 0), 4),
+    "all rows in one": (16, (0, 16, 0), 8),
+    "all rows in the last": (16, (0, 0, 16), 2),
+    "one group": (9, (9,), 1),
+    "one row": (1, (0, 1), 1),
+    "no row at all": (8, (0, 0, 0), 4),
+    "trailing unused": (24, (2, 0, 6), 2),
+    "nothing but padding after": (256, (128, 0), 128),
+    "unaligned": (17, (3, 0, 5, 9), 1),
+    "more groups than rows": (4, (0, 1, 0, 0, 2, 0, 0, 1, 0), 1),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case,dtype",
+    [(case, np.float32) for case in CASES]
+    + [(case, BFLOAT16) for case in ("empty groups", "one group", "trailing unused")],
+)
+def test_against_numpy(rng, case, dtype, backend):
+    rows, sizes, alignment = CASES[case]
+    check(draw(rng, rows, len(sizes), sizes, dtype), alignment, backend)
+
+
+@pytest.mark.parametrize("alignment", [16, 32, 64])
+def test_alignments(rng, alignment):
+    """Those of `row_alignment` that no case above has, with random sizes."""
+    blocks = rng.integers(0, 3, 5)
+    rows = (int(blocks.sum()) + 1) * alignment
+    check(draw(rng, rows, 5, blocks * alignment), alignment, "blocked")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
+def test_any_sizes(blocks, seed):
+    """One compiled function for each backend; the sizes are data."""
+    inputs = draw(np.random.default_rng(seed), 32, 4, [2 * b for b in blocks])
+    for backend in BACKENDS:
+        check(inputs, 2, backend)
+
+
+def test_float32_accumulation(rng):
+    """4096 bfloat16 rows of one sign: a bfloat16 sum would stop growing at 256 times a term."""
+    lhs, rhs, sizes, ct = draw(rng, 4096, 1, (4096,), BFLOAT16)
+    lhs, ct = np.abs(lhs), np.abs(ct)
+    for backend in BACKENDS:
+        check((lhs, rhs, sizes, ct), 128, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_do_not_touch(rng, backend):
+    """What is not finite in one group stays there: rows, cotangents and matrices."""
+    inputs = draw(rng, 24, 3, (8, 8, 8))
+    clean = run_and_pull(*inputs, alignment=8, backend=backend)
+    lhs, rhs, sizes, ct = (a.copy() for a in inputs)
+    lhs[8:16], ct[8:16], rhs[1] = np.nan, np.inf, np.nan
+    dirty = run_and_pull(lhs, rhs, sizes, ct, alignment=8, backend=backend)
+    for a, b in zip(clean[:2], dirty[:2]):
+        assert np.array_equal(a[:8], b[:8]) and np.array_equal(a[16:], b[16:])
+        assert not np.isfinite(b[8:16]).any()
+    assert np.array_equal(clean[2][0], dirty[2][0]) and np.array_equal(clean[2][2], dirty[2][2])
+
+
+def test_choice_and_explanation():
+    assert explain(64, 8) == "grouped_matmul: blocked"
+    assert explain(63, 8) == (
+        "grouped_matmul: reference; not blocked: 63 rows are no multiple of the alignment 8"
+    )
+
+
+def test_refusals(rng):
+    lhs, rhs, sizes, _ = draw(rng, 6, 2, (4, 0))
+    with pytest.raises(NotImplementedError, match=r"blocked: 6 rows are no multiple of .* 4"):
+        grouped_matmul(lhs, rhs, sizes, alignment=4, backend="blocked")
+    with pytest.raises(NotImplementedError, match=r"unknown backend 'cutlass'; there are blocked"):
+        grouped_matmul(lhs, rhs, sizes, backend="cutlass")
+    out = grouped_matmul(lhs, rhs, jnp.asarray(sizes), alignment=4)  # falls through to reference
+    assert relative_error(out, numpy_grouped(lhs, rhs, sizes, np.zeros((6, 5)))[0]) < 1e-6
+
+
+@pytest.mark.parametrize("rows,groups", [(1, 1), (7, 8), (64, 8), (4096, 8), (10**6, 64), (3, 264)])
+def test_row_alignment(rows, groups):
+    """A power of two, at most 128, whose padding stays below the rows themselves."""
+    alignment = row_alignment(rows, groups)
+    assert alignment in (1, 2, 4, 8, 16, 32, 64, 128)
+    assert groups * (alignment - 1) < max(rows, 2)
