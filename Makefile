@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+EXTRAS ?= dev# e.g. make train EXTRAS=dev,cuda13
 
-.PHONY: help setup train infer test test-all check format dry-run clean
+.PHONY: help setup train infer test test-slow test-all check format clean
 
 help:
 	@echo "make train     set up, then train the tiny preset on 8 fake CPU devices (at most 5 minutes)"
 	@echo "make test      set up, then run the first tier of tests (at most 20 minutes on 2 cores)"
-	@echo "make test-all  both tiers;   make check  lint and types;   make infer  talk to the packaged model"
+	@echo "make test-slow the second tier;   make test-all  both;   make check  lint and types"
+	@echo "make infer     talk to the packaged model;   ARGS='...' passes flags to train and infer"
+	@echo "EXTRAS=dev,cuda13 (or dev,tpu) before the first make sets up for an accelerator"
 
 setup: $(STAMP)
 
@@ -18,11 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
 		echo "setting up $(VENV) with uv"; \
 		uv venv -q --allow-existing --python $(PYTHON) $(VENV) && \
-		uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+		uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else \
 		echo "setting up $(VENV) with venv and pip"; \
 		$(PYTHON) -m venv $(VENV) && \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
 	fi
 	@touch $(STAMP)
 
@@ -33,13 +36,13 @@ infer: $(STAMP)
 	$(BIN)/python infer.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

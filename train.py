@@ -1,29 +1,59 @@
 """Trains a Mixture-of-Experts language model, expert-parallel over a mesh.
 
 python train.py                                   the tiny preset on fake CPU devices
-python train.py --preset small --data.paths TEXT  one GPU
+python train.py --preset small --data TEXT        one GPU
 python train.py --dry-run --preset mixtral-8x7b --mesh expert=8,data=8
 python train.py --run runs/NAME                   continues that run if it exists
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import shlex
 import sys
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from moejax.cli import parse, run_main
 from moejax.errors import UserError
 from moejax.presets import PRESETS
 from moejax.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from sharding.mesh import MeshShape
 
-def main(argv: list[str] | None = None) -> None:
-    """The script: reads the flags, trains, evaluates, and says what came out."""
-    config = read_flags(sys.argv[1:] if argv is None else argv)
+_DESCRIPTION = "Trains a Mixture-of-Experts language model, expert-parallel over a mesh."
+PRESET_NAMES = tuple(name.replace("_", "-") for name in PRESETS)
 
+FIXED = (
+    "model",
+    "seed",
+    *(f"data.{name}" for name in ("vocab", "tokenizer", "seq_len", "batch_size")),
+    *(f"data.{name}" for name in ("held_out", "held_out_paths")),
+)
+"""What a run keeps when it is continued: the weights' shapes and which tokens a step reads."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The script; returns the exit code."""
+    return run_main(lambda: train(read_flags(sys.argv[1:] if argv is None else argv)))
+
+
+def train(config: TrainConfig) -> None:
+    """Trains, evaluates, and says what came out.
+
+    Raises:
+        UserError: whatever a user can mend.
+    """
+    from moejax.training.host_memory import keep_freed_memory
     from sharding.mesh import make_mesh
 
+    keep_freed_memory()
     shape = choose_mesh(config)
     if config.dry_run:
         from sharding.planner import format_plan, plan
@@ -45,24 +75,27 @@ def main(argv: list[str] | None = None) -> None:
     from moejax.training.step import compiler_options, make_train_step
     from moejax.training.text import prepare_text
 
+    # What may be refused comes before the run's record is written.
+    mesh = make_mesh(shape)
+    device = mesh.devices.flat[0]
+    attention = choose_attention(device.platform, config.model)
+    hosts = tuple(d.process_index for d in mesh.devices[0, :, 0])
+    blueprint = Blueprint(config.model, mesh, hosts, attention)
+    check_batch(config, shape)
+
     with (
         RunDir.create_or_open(run_path(config), primary=jax.process_index() == 0) as run,
+        Checkpoints(run.checkpoints_path, config.keep) as checkpoints,
         Interrupt() as stop,
     ):
-        resuming = run.bind_config(config)
-        mesh = make_mesh(shape)
-        device = mesh.devices.flat[0]
-        attention = choose_attention(device.platform, config.model)
-        blueprint = Blueprint(config.model, mesh, attention=attention)
         say(f"{shape} on {device.device_kind}; run directory {run.path}")
-
+        resuming = run.check_config(config, FIXED)
         text = prepare_text(config, run.load_tokenizer() if resuming else None)
-        run.save_tokenizer(text.tokenizer)
         say(describe_text(text.record))
-
-        checkpoints = Checkpoints(run.checkpoints_path, config.keep)
         session = Session(run, checkpoints, blueprint, config, text)
         state = session.restore() if resuming else None
+        run.bind_config(config, FIXED)
+        run.save_tokenizer(text.tokenizer)
         if state is None:
             state = jax.block_until_ready(init_state(blueprint, config.seed))
         first = int(state.step)
@@ -103,32 +136,41 @@ def main(argv: list[str] | None = None) -> None:
             session.log(*waiting, timer)
         with timer.paused():
             session.save(state)
-            session.finish(state, evaluator, timer, stopped=step < config.steps)
-        checkpoints.close()
-        if step < config.steps:
-            say(f"stopped after step {step}; continue with: python train.py --run {run.path}")
+            unfinished = step < config.steps
+            session.finish(state, evaluator, timer, stopped=unfinished or stop.requested)
+        if unfinished:
+            path = shlex.quote(str(run.path))
+            say(f"stopped after step {step}; continue with: python train.py --run {path}")
+
+
+@dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """A run, and what its flags start from.
+
+    Attributes:
+        preset: name of the preset.
+    """
+
+    preset: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="NAME",
+            help=f"What the other flags start from: {', '.join(PRESET_NAMES)}. A run that is "
+            "continued starts from its own flags instead.",
+        ),
+    ] = ""
 
 
 def read_flags(argv: list[str]) -> TrainConfig:
-    """The configuration from `--preset NAME` and the other flags; flags win."""
-    rest, name = [], "tiny"
-    words = iter(argv)
-    for word in words:
-        if word == "--preset":
-            name = next(words, "")
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-        elif word in ("--data", "--data.paths"):
-            rest.append("--data.paths")
-        elif word.startswith("--vocab"):
-            rest.append(word.replace("--vocab", "--data.vocab", 1))
-        else:
-            rest.append(word)
-    presets = {preset.replace("_", "-"): make for preset, make in PRESETS.items()}
-    if name.replace("_", "-") not in presets:
-        raise UserError(f"--preset {name!r}: no such preset; choose one of {', '.join(presets)}")
-    default = presets[name.replace("_", "-")]()
-    config = parse(default, rest, prog="train.py", description=__doc__)
+    """The configuration from a preset, or the run that is continued, and the flags, which win.
+
+    Raises:
+        UserError: a flag or a value does not fit, or the run's own record cannot be read.
+    """
+    default, name = starting_point(argv)
+    values = {f.name: getattr(default, f.name) for f in dataclasses.fields(TrainConfig)}
+    flags = parse(TrainFlags(**values, preset=name), argv, "train.py", _DESCRIPTION)
+    config = TrainConfig(**{name: getattr(flags, name) for name in values})
     needed = max(config.data.vocab, 257)  # both count the end of a document
     if not config.data.tokenizer and config.model.vocab_size < needed:
         model = dataclasses.replace(config.model, vocab_size=needed)
@@ -136,8 +178,30 @@ def read_flags(argv: list[str]) -> TrainConfig:
     return config
 
 
-def choose_mesh(config: TrainConfig):
-    """The mesh that the flags name; `auto` lays the experts over what there is.
+def starting_point(argv: list[str]) -> tuple[TrainConfig, str]:
+    """The configuration that the flags change, and the preset's name or empty."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--run"):
+        parser.add_argument(flag, nargs="?", const="")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    known, _ = parser.parse_known_args(argv)
+    if known.preset is None:
+        from moejax.training.rundir import RunDir, latest_run
+
+        run = Path(known.run) if known.run else latest_run() if known.resume else None
+        if run is not None and (run / "config.json").exists():
+            stored = RunDir(run).read_config(TrainConfig)
+            return dataclasses.replace(stored, run=str(run), resume=False, dry_run=False), ""
+    name = (known.preset if known.preset is not None else "tiny").replace("_", "-")
+    if name not in PRESET_NAMES:
+        raise UserError(
+            f"--preset {known.preset!r}: no such preset; choose one of {', '.join(PRESET_NAMES)}"
+        )
+    return PRESETS[name.replace("-", "_")](), name
+
+
+def choose_mesh(config: TrainConfig) -> MeshShape:
+    """The mesh that the flags name; `auto` lays the experts over the devices, two or more on each.
 
     Without an accelerator there are as many (fake) devices as the mesh needs, 8 for `auto`.
     """
@@ -148,16 +212,33 @@ def choose_mesh(config: TrainConfig):
     named = None if config.mesh == "auto" else MeshShape.parse(config.mesh)
     if config.dry_run and named:
         return named
-    jax.config.update("jax_num_cpu_devices", config.devices or (named.size if named else 8))
+    # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", config.devices or (named.size if named else 8))
     if named:
         return named
     experts = config.model.moe.router.num_experts
     count = len(jax.devices())
-    expert = max(n for n in range(1, min(count, experts, 8) + 1) if count % n == 0)
+    expert = max(n for n in range(1, min(count, max(1, experts // 2), 8) + 1) if count % n == 0)
     return MeshShape(data=count // expert, expert=expert)
 
 
-def run_path(config: TrainConfig):
+def check_batch(config: TrainConfig, shape: MeshShape) -> None:
+    """Every device gets equally many examples of a microbatch.
+
+    Raises:
+        UserError: they cannot be split so.
+    """
+    parts, batch = shape.data * shape.expert * config.accumulate, config.data.batch_size
+    if batch % parts:
+        fitting = -(-batch // parts) * parts
+        raise UserError(
+            f"batch_size={batch}: must be a multiple of data × expert × accumulate = {shape.data} "
+            f"× {shape.expert} × {config.accumulate} = {parts}; pass --data.batch-size {fitting}"
+        )
+
+
+def run_path(config: TrainConfig) -> str | Path:
     """Where the run lives: as asked for, the newest to resume, or a new directory."""
     from moejax.training.rundir import latest_run, new_run_path
 
@@ -191,4 +272,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

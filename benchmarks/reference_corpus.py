@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moejax.cli import run_main
-from moejax.data.corpus import Document, corpus_hash, split_held_out
+from moejax.data.corpus import Document, corpus_hash, is_held_out, split_held_out
 from moejax.data.dedup import NearDuplicates
 from moejax.data.sources import load_corpus, load_standard_library
 
@@ -46,7 +46,10 @@ def build(args: argparse.Namespace) -> None:
     held_out = load_corpus([args.held_out]).documents
     duplicates = NearDuplicates(held_out)
     packages = [sysconfig.get_path("purelib"), *args.folders]
-    documents = [*load_standard_library().documents]
+    # What another interpreter's library holds out by path is left out as well, so that the model
+    # can be measured there.
+    library = load_standard_library().documents
+    documents = [d for d in library if not is_held_out(d.path, FRACTION)]
     for folder in packages:
         documents.extend(load_corpus([f"{folder}/**/*.py"]).documents)
     seen: set[bytes] = set()

@@ -7,17 +7,27 @@ python benchmarks/reference_model.py measure
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from common import write_results
 
 from moejax.cli import run_main
+from moejax.data.corpus import Document
+from moejax.errors import UserError
 
 OVERLAP = 0.5  # of a window that repeats the one before, as context
+
+
+def texts_sha256(documents: Iterable[Document]) -> str:
+    """Hash of a set of texts, whatever their names and order."""
+    digests = sorted(hashlib.sha256(d.text.encode()).digest() for d in documents)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def export(args: argparse.Namespace) -> None:
@@ -31,6 +41,12 @@ def export(args: argparse.Namespace) -> None:
     blueprint = Blueprint(source.config, make_mesh(MeshShape()))
     summary = Path(args.run) / "summary.json"
     record = json.loads(summary.read_text()) if summary.is_file() else {}
+    if args.held_out:
+        from moejax.data.sources import load_corpus
+
+        record["held_out_texts_sha256"] = texts_sha256(load_corpus([args.held_out]).documents)
+    if args.corpus_record:
+        record["corpus"] = json.loads(Path(args.corpus_record).read_text())
     flat = source.weights(blueprint)
     save_model_folder(args.out, flat, source.config, source.tokenizer, record=record)
     size = sum(f.stat().st_size for f in Path(args.out).rglob("*") if f.is_file())
@@ -61,6 +77,13 @@ def measure(args: argparse.Namespace) -> None:
         documents = list(load_corpus([args.held_out]).documents)
     else:
         _, documents = split_held_out(load_standard_library().documents, 0.05)
+    record = json.loads((source.path / "config.json").read_text()).get("record", {})
+    known = record.get("held_out_texts_sha256")
+    if known not in (None, texts_sha256(documents)):
+        raise UserError(
+            f"{source.path}: the held-out files here are not those that were kept out of its "
+            "training text (Python 3.11.7's); pass them with --held-out, or use that Python"
+        )
     blueprint = Blueprint(config, make_mesh(MeshShape()))
     params, biases = load_weights(source.weights(blueprint), blueprint, jnp.dtype(args.dtype))
     step = make_eval_step(blueprint, loss_chunk=16_384)
@@ -97,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out", default="moejax/assets/reference")
     parser.add_argument("--model", default=None)
     parser.add_argument("--held-out", default="")
+    parser.add_argument("--corpus-record", default="")
     parser.add_argument("--overlap", type=float, default=OVERLAP)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -33,6 +33,9 @@ def run_main(main: Callable[[], int | None]) -> int:
         The exit code: main's; 2 after a UserError or a full disk; 130 after Ctrl-C; 141 when the
         reader of the output has gone (`infer.py | head`).
     """
+    # A terminal that knows fewer characters than the text must not end the program.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         return main() or 0
     except UserError as error:
@@ -134,7 +137,12 @@ def _is_one_flag(cls: Any) -> bool:
 def _flatten(box: str) -> str:
     """What a framed error message says, in one line: its first part and the flag's usage."""
     rows = [_ANSI.sub("", line).strip().strip("│|").strip() for line in box.splitlines()]
+    framed = any(row.startswith("╭") for row in rows)
     rows = [row for row in rows if row and row[0] not in "╭╰┌└+"]
+    if not framed:
+        # Where stdout cannot hold box characters the title stands above the first rule.
+        rules = [i for i, row in enumerate(rows) if set(row) <= set("─-")]
+        rows = rows[rules[0] + 1 :] if rules else rows
     parts: list[list[str]] = [[]]
     for row in rows:
         if set(row) <= set("─-"):

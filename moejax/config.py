@@ -43,21 +43,25 @@ def _require(condition: bool, message: str) -> None:
 class RouterConfig:
     """How tokens choose experts.
 
-    score_function:
-        `softmax`: probabilities over all experts, then the K best (Switch, Qwen3, OLMoE);
-        `topk_softmax`: the K best logits, then a softmax over those (Mixtral, gpt-oss);
-        `sigmoid`: independent scores (DeepSeek-V3).
-    renormalize: divide the K scores of a token by their sum.
-    scaling_factor: multiplies the scores after that.
-    selection_bias: a per-expert bias added for choosing only (arXiv 2408.15664); its value is a
-        `RouterBias` variable that the optimizer does not see.
-    bias_update_rate: step of that bias a training step, towards equal loads; 0 freezes it.
-    num_groups, top_groups: experts lie in `num_groups` equal groups and a token may use only its
-        best `top_groups` (DeepSeek-V2 §2.1.3: a group scores by its `max`; V3: by `top2_sum`).
-    load_balance_coef: weight of E·Σ f_e·P_e over global statistics (arXiv 2101.03961 eq. 4).
-    z_loss_coef: weight of mean(logsumexp(logits)²) (arXiv 2202.08906 eq. 5).
-    forced_balance: ignore the scores when choosing and deal experts round robin; benchmarks only.
-    bias: logits have a learned bias (gpt-oss).
+    Attributes:
+        num_experts: E, routed experts of a layer.
+        top_k: K, experts of a token.
+        score_function: `softmax`: probabilities over all experts, then the K best (Switch, Qwen3,
+            OLMoE); `topk_softmax`: the K best logits, then a softmax over those (Mixtral,
+            gpt-oss); `sigmoid`: independent scores (DeepSeek-V3).
+        renormalize: divide the K scores of a token by their sum.
+        scaling_factor: multiplies the scores after that.
+        selection_bias: a per-expert bias added for choosing only (arXiv 2408.15664); its value is
+            a `RouterBias` variable that the optimizer does not see.
+        bias_update_rate: step of that bias a training step, towards equal loads; 0 freezes it.
+        num_groups: experts lie in this many equal groups (DeepSeek-V2 §2.1.3).
+        top_groups: groups that a token may use, its best ones.
+        group_score: how a group is scored: by its best expert (V2) or its best two (V3).
+        load_balance_coef: weight of E·Σ f_e·P_e over global statistics (arXiv 2101.03961 eq. 4).
+        z_loss_coef: weight of mean(logsumexp(logits)²) (arXiv 2202.08906 eq. 5).
+        forced_balance: ignore the scores when choosing and deal experts round robin; for
+            benchmarks.
+        bias: logits have a learned bias (gpt-oss).
     """
 
     num_experts: int = 8
@@ -105,12 +109,13 @@ class RouterConfig:
 class ExpertsConfig:
     """What an expert computes.
 
-    hidden: width H of one expert.
-    activation: gated `swiglu`, `geglu` (arXiv 2002.05202), or plain `gelu`, `relu2`
-        (arXiv 2109.08668). `gelu` and `geglu` use the tanh approximation.
-    bias: both products have a bias.
-    shared_hidden: total width of the experts every token uses (0: none).
-    shared_gate: scale the shared experts' output by a learned sigmoid gate (Qwen2-MoE).
+    Attributes:
+        hidden: width H of one expert.
+        activation: gated `swiglu`, `geglu` (arXiv 2002.05202), or plain `gelu`, `relu2`
+            (arXiv 2109.08668). `gelu` and `geglu` use the tanh approximation.
+        bias: both products have a bias.
+        shared_hidden: total width of the experts every token uses (0: none).
+        shared_gate: scale the shared experts' output by a learned sigmoid gate (Qwen2-MoE).
     """
 
     hidden: int = 256
@@ -136,13 +141,15 @@ class ExpertsConfig:
 class ExchangeConfig:
     """How rows travel between devices.
 
-    mode: `local` (one device along `expert`), `all_to_all`, `ring` (all-gather in, reduce-scatter
-        back), or `auto`, which picks by counted bytes.
-    bucket_rows: rows C of one (source, device) bucket; None derives it from `bucket_slack`.
-    bucket_slack: buckets hold this multiple of the expected number of rows, at most T; what does
-        not fit travels in further waves. `inf` gives buckets of T: one wave, whatever the routing.
-    capacity_factor: None is dropless. A number bounds each expert to this multiple of its even
-        share and drops the rest (arXiv 2101.03961 §2.2): lossy, counted.
+    Attributes:
+        mode: `local` (one device along `expert`), `all_to_all`, `ring` (all-gather in,
+            reduce-scatter back), or `auto`, which picks by counted bytes.
+        bucket_rows: rows C of one (source, device) bucket; None derives it from `bucket_slack`.
+        bucket_slack: buckets hold this multiple of the expected number of rows, at most T; what
+            does not fit travels in further waves. `inf` gives buckets of T: one wave, whatever
+            the routing.
+        capacity_factor: None is dropless. A number bounds each expert to this multiple of its
+            even share and drops the rest (arXiv 2101.03961 §2.2): lossy, counted.
     """
 
     mode: ExchangeMode = "auto"
@@ -167,7 +174,13 @@ class ExchangeConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One Mixture-of-Experts layer."""
+    """One Mixture-of-Experts layer.
+
+    Attributes:
+        router: how tokens choose experts.
+        experts: what an expert computes.
+        exchange: how rows travel between devices.
+    """
 
     router: RouterConfig = field(default_factory=RouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -178,8 +191,13 @@ class MoEConfig:
 class AttentionConfig:
     """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864).
 
-    qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3); `full` norms over all
-        heads together (OLMoE).
+    Attributes:
+        num_heads: N, query heads.
+        num_kv_heads: heads of keys and values; divides `num_heads`.
+        head_dim: h, width of a head, even.
+        rope_theta: base of the rotary wavelengths.
+        qk_norm: RMSNorm over each `head` of q and k before the rotation (Qwen3); `full` norms over
+            all heads together (OLMoE).
     """
 
     num_heads: int = 4
@@ -214,12 +232,21 @@ class LayerConfig:
 class ModelConfig:
     """A decoder-only language model.
 
-    first_dense_layers: the first layers use a dense MLP of width `dense_hidden` (DeepSeek).
-    top_k_by_layer: number of experts of a token for each layer; empty: the router's top_k.
-    scan_layers: run equal consecutive layers by one `lax.scan` (compile time) or unrolled.
-    remat: what the backward recomputes: nothing, whole layers, or all but products (`dots`).
-    compute_dtype: dtype of activations and of weights in products; masters stay float32.
-    max_context: longest sequence the model is used with, in tokens.
+    Attributes:
+        vocab_size: token ids.
+        d_model: width D.
+        num_layers: L, dense and MoE layers together.
+        max_context: longest sequence the model is used with, in tokens.
+        attention: its heads.
+        moe: its experts.
+        dense_hidden: width of the dense layers' MLP.
+        first_dense_layers: the first layers use a dense MLP of width `dense_hidden` (DeepSeek).
+        top_k_by_layer: number of experts of a token for each layer; empty: the router's top_k.
+        norm_eps: added to the mean square in every RMSNorm.
+        tie_embeddings: the head uses the embedding's weights.
+        scan_layers: run equal consecutive layers by one `lax.scan` (compile time) or unrolled.
+        remat: what the backward recomputes: nothing, whole layers, or all but products (`dots`).
+        compute_dtype: dtype of activations and of weights in products; masters stay float32.
     """
 
     vocab_size: int = 256

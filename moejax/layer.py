@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import exchange
 from moejax.config import MoEConfig
+from moejax.errors import UserError
 from moejax.exchange.counters import ExchangeCounters, over_devices
 from moejax.experts import ExpertBank, run_experts
 from moejax.model.initializers import INIT_STD
@@ -24,8 +25,8 @@ from moejax.model.mlp import DenseMLP
 from moejax.placement.arrays import Placement, home_slots, num_slots, place
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
-from sharding.collectives import enter_parallel, exit_parallel, psum_statistics
-from sharding.mesh import TENSOR, TOKEN_AXES
+from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
+from sharding.mesh import AXES, TENSOR, TOKEN_AXES
 
 __all__ = ["MoEAux", "MoELayer"]
 
@@ -124,7 +125,15 @@ class MoELayer(nnx.Module):
 
         Returns:
             [T, D] in x's dtype, and what is reported.
+
+        Raises:
+            UserError: called outside of a shard_map.
         """
+        if not axes_are_bound(AXES):
+            raise UserError(
+                "MoELayer called outside of a shard_map over data, expert and tensor: use "
+                "moejax.standalone.ShardedMoELayer, which brings its own"
+            )
         routing = self.router(x_TD, token_mask_T=token_mask_T)
         slots_TK, budget, dropped = self._place(routing, placement)
         x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)

@@ -7,26 +7,35 @@ they are (each device its own), and pulls back and reduces in the backward's sha
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
 from flax import nnx
-from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import MoEConfig
+from moejax.errors import UserError
 from moejax.layer import MoEAux, MoELayer
+from moejax.placement.arrays import Placement
+from moejax.routing.bias import update_bias
+from sharding.collectives import psum_statistics
 from sharding.gradients import reduce_gradients
 from sharding.mesh import AXES, EXPERT, TOKEN_AXES
-from sharding.specs import specs_of
+from sharding.specs import shardings_of, specs_of
 
 __all__ = ["ShardedMoELayer"]
 
 
 class ShardedMoELayer(nnx.Module):
     """An expert-parallel MoE layer that can be called like any Flax module.
+
+    Every parameter is made on the devices that hold it, so the layer may be larger than the memory
+    of one.
 
     Example:
         >>> mesh = make_mesh(MeshShape(data=2, expert=4))
@@ -37,41 +46,127 @@ class ShardedMoELayer(nnx.Module):
         d_model: D.
         config: router, experts and exchange.
         mesh: a mesh with the axes `data`, `expert` and `tensor` (`sharding.mesh.make_mesh`).
-        rngs: source of the initial weights.
+        rngs: the stream `params` gives one key, from which all initial weights are drawn.
+
+    Raises:
+        UserError: the mesh has other axes, or more devices along `expert` than there are experts.
     """
 
     def __init__(self, d_model: int, config: MoEConfig, *, mesh: Mesh, rngs: nnx.Rngs) -> None:
+        if set(mesh.axis_names) != set(AXES):
+            raise UserError(
+                f"mesh with axes {', '.join(map(str, mesh.axis_names))}: must have exactly "
+                f"{', '.join(AXES)}; make it with sharding.mesh.make_mesh"
+            )
         self.mesh = mesh
-        self.layer = MoELayer(d_model, config, expert_devices=mesh.shape[EXPERT], rngs=rngs)
+        self.d_model = d_model
+        graph, make = _initializer(d_model, config, mesh)
+        self.layer = nnx.merge(graph, make(rngs.params()))
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, MoEAux]:
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Placement | None = None,
+        token_mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, MoEAux]:
         """Applies the layer.
 
         Args:
-            x: [..., D], any float dtype, also inside `jit`.
+            x: [..., D], any float dtype, also inside `jit`; there may be no tokens at all.
+            placement: where copies of the experts live; None: at home, contiguous.
+            token_mask: bool [...], False for padding: such tokens are not routed and count
+                nowhere; only the shared experts see them.
 
         Returns:
             [..., D] in x's dtype; the auxiliary loss, float32 [], coefficients included, to be
             added to yours; and the layer's report summed over the mesh (no gradient).
+
+        Raises:
+            UserError: x, the placement or the mask does not fit the layer.
         """
-        devices = self.mesh.shape["data"] * self.mesh.shape[EXPERT]
-        flat_TD = x.reshape(-1, x.shape[-1])
-        padding = -flat_TD.shape[0] % devices
-        mask_T = jnp.arange(flat_TD.shape[0] + padding) < flat_TD.shape[0]
-        flat_TD = jnp.pad(flat_TD, ((0, padding), (0, 0)))
+        self._check(x, placement, token_mask)
+        tokens, devices = math.prod(x.shape[:-1]), self.mesh.shape["data"] * self.mesh.shape[EXPERT]
+        # Each device gets at least one row: an exchange of nothing has no shape.
+        padding = max(devices, -(-tokens // devices) * devices) - tokens
+        mask_T = jnp.ones(tokens, bool) if token_mask is None else token_mask.reshape(-1)
+        mask_T = jnp.pad(mask_T, (0, padding))
+        x_TD = jnp.pad(x.reshape(tokens, self.d_model), ((0, padding), (0, 0)))
         graph, params, rest = nnx.split(self.layer, nnx.Param, ...)  # type: ignore[misc]
-        y_TD, loss, aux = _apply(self.mesh, graph, params, rest, flat_TD, mask_T)
-        return y_TD[: y_TD.shape[0] - padding].reshape(x.shape), loss, aux
+        y_TD, loss, aux = _apply(self.mesh, graph, params, x_TD, (rest, mask_T, placement))
+        return y_TD[:tokens].reshape(x.shape), loss, aux
+
+    def update_bias(self, aux: MoEAux) -> None:
+        """Moves the selection bias towards equal loads, once a training step.
+
+        Args:
+            aux: what the step's call returned; for several calls, their `counts_E` added up.
+
+        Raises:
+            UserError: the router has no selection bias.
+        """
+        router = self.layer.router
+        if router.selection_bias_E is None:
+            raise UserError(
+                "update_bias with selection_bias=False: the router has no bias to move; set "
+                "RouterConfig(selection_bias=True, bias_update_rate=…)"
+            )
+        rate = router.config.bias_update_rate
+        bias_E = update_bias(router.selection_bias_E.get_value(), aux.counts_E, rate)
+        router.selection_bias_E.set_value(bias_E)
+
+    def _check(self, x: Any, placement: Placement | None, token_mask: Any) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            raise UserError(
+                f"input of shape {x.shape}: its last dimension must be d_model={self.d_model}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(
+                f"input of dtype {x.dtype}: the layer takes float activations, such as float32 or "
+                "bfloat16; embed or cast it first"
+            )
+        if token_mask is not None and (
+            token_mask.shape != x.shape[:-1] or token_mask.dtype != jnp.bool_
+        ):
+            raise UserError(
+                f"token_mask {token_mask.dtype}{list(token_mask.shape)}: must be "
+                f"bool{list(x.shape[:-1])}, True for the tokens of x that count"
+            )
+        if placement is not None:
+            experts, devices = self.layer.config.router.num_experts, self.mesh.shape[EXPERT]
+            placed, slots = placement.replica_count_E.shape[0], placement.slot_expert_P.shape[0]
+            if placed != experts or slots % devices:
+                raise UserError(
+                    f"placement of {placed} experts in {slots} slots: must have "
+                    f"num_experts={experts} and a multiple of expert={devices} devices"
+                )
 
 
-def _apply(mesh: Mesh, graph: Any, params: Any, rest: Any, x_TD: jax.Array, mask_T: jax.Array):
-    specs, rest_specs = specs_of(params), specs_of(rest)
+@lru_cache(maxsize=32)
+def _initializer(
+    d_model: int, config: MoEConfig, mesh: Mesh
+) -> tuple[Any, Callable[[jax.Array], nnx.State]]:
+    """The layer's graph, and a compiled `key → state` laid over the mesh; once for equal layers."""
+
+    def build(key: jax.Array) -> MoELayer:
+        rngs = nnx.Rngs(params=key)
+        return MoELayer(d_model, config, expert_devices=mesh.shape[EXPERT], rngs=rngs)
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    make = jax.jit(lambda key: nnx.state(build(key)), out_shardings=shardings_of(state, mesh))
+    return graph, make
+
+
+def _apply(mesh: Mesh, graph: Any, params: Any, x_TD: jax.Array, rest: tuple):
+    """Output, loss and report; `rest`: other variables, token mask and placement."""
+    specs = specs_of(params)
     tokens, every = P(TOKEN_AXES), P(AXES)
+    in_specs = (specs, tokens, (specs_of(rest[0]), tokens, P()))
 
-    def local(params, x_TD, rest, mask_T):
-        layer = nnx.merge(graph, params, rest)
-        y_TD, aux = layer(x_TD, token_mask_T=mask_T)
-        return (y_TD, aux.losses.load_balance + aux.losses.z), aux
+    def local(params, x_TD, rest):
+        variables, mask_T, placement = rest
+        layer = nnx.merge(graph, params, variables)
+        y_TD, aux = layer(x_TD, placement, token_mask_T=mask_T)
+        return (y_TD, aux.losses.total), aux
 
     def sharded(body, in_specs, out_specs):
         return jax.shard_map(
@@ -80,26 +175,22 @@ def _apply(mesh: Mesh, graph: Any, params: Any, rest: Any, x_TD: jax.Array, mask
 
     def summed(out, aux):
         y_TD, loss = out
-        return y_TD, lax.psum(loss, TOKEN_AXES), aux.over_devices()
+        return y_TD, psum_statistics(loss, TOKEN_AXES), aux.over_devices()
 
     # All arrays come as arguments: what a custom VJP closes over would leak out of a remat or a
     # scan around it.
-    def forward(params, x_TD, rest, mask_T):
-        def body(params, x_TD, rest, mask_T):
-            return summed(*local(params, x_TD, rest, mask_T))
+    def forward(params, x_TD, rest):
+        def body(params, x_TD, rest):
+            return summed(*local(params, x_TD, rest))
 
-        run = sharded(body, (specs, tokens, rest_specs, tokens), (tokens, P(), P()))
-        return run(params, x_TD, rest, mask_T)
+        return sharded(body, in_specs, (tokens, P(), P()))(params, x_TD, rest)
 
-    def forward_keeping(params, x_TD, rest, mask_T):
-        def body(params, x_TD, rest, mask_T):
-            out, pull, aux = jax.vjp(
-                lambda p, x: local(p, x, rest, mask_T), params, x_TD, has_aux=True
-            )
+    def forward_keeping(params, x_TD, rest):
+        def body(params, x_TD, rest):
+            out, pull, aux = jax.vjp(lambda p, x: local(p, x, rest), params, x_TD, has_aux=True)
             return summed(out, aux), jax.tree.map(lambda r: r[None], pull)
 
-        run = sharded(body, (specs, tokens, rest_specs, tokens), ((tokens, P(), P()), every))
-        return run(params, x_TD, rest, mask_T)
+        return sharded(body, in_specs, ((tokens, P(), P()), every))(params, x_TD, rest)
 
     def backward(pull, cts):
         y_ct, loss_ct, _ = cts
@@ -110,8 +201,8 @@ def _apply(mesh: Mesh, graph: Any, params: Any, rest: Any, x_TD: jax.Array, mask
             return reduce_gradients(params_ct, specs), x_ct
 
         grads = sharded(body, (every, tokens, P()), (specs, tokens))(pull, y_ct, loss_ct)
-        return (*grads, None, None)
+        return (*grads, None)
 
     apply = jax.custom_vjp(forward)
     apply.defvjp(forward_keeping, backward)
-    return apply(params, x_TD, rest, mask_T)
+    return apply(params, x_TD, rest)

@@ -6,8 +6,8 @@ right when `grad` is taken *inside* that shard_map, under this convention:
 * the loss of a device is its *share*: the sum over `data` × `expert` is the global loss;
 * along `tensor` everything outside a tensor-parallel region is replicated, cotangents included.
 
-Taken outside the shard_map the same transposes would be off by the axis size; `moejax.layer`
-wraps the standalone layer for that use.
+Taken outside the shard_map the same transposes would be off by the axis size; `moejax.standalone`
+wraps the layer for that use.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from jax import numpy as jnp
 __all__ = [
     "all_gather",
     "all_to_all",
+    "axes_are_bound",
     "axis_index",
     "axis_size",
     "enter_parallel",
     "exit_parallel",
+    "pmax_statistics",
     "psum_statistics",
-    "reduce_scatter",
 ]
 
 AxisNames = str | Sequence[str]
@@ -42,19 +43,39 @@ def axis_size(axis: AxisNames) -> int:
     return size
 
 
+def axes_are_bound(axes: Sequence[str]) -> bool:
+    """Whether this is traced inside a shard_map over all of these axes."""
+    try:
+        return axis_size(axes) > 0
+    except NameError:  # what JAX raises for an axis that nothing around binds
+        return False
+
+
 def axis_index(axis: str) -> jax.Array:
     """This device's position along an axis; int32 []."""
     return lax.axis_index(axis)
 
 
 def psum_statistics(x, axis: AxisNames):
-    """Sum over an axis of something no gradient flows through (counts, norms, metrics).
+    """Sum over an axis of something no gradient flows through.
+
+    Counts, norms, metrics, and sums within functions that have a VJP of their own.
 
     Args:
         x: a pytree of arrays.
         axis: mesh axis or axes.
     """
     return lax.psum(jax.tree.map(lax.stop_gradient, x), axis)
+
+
+def pmax_statistics(x, axis: AxisNames):
+    """Maximum over an axis of something no gradient flows through.
+
+    Args:
+        x: a pytree of arrays.
+        axis: mesh axis or axes.
+    """
+    return lax.pmax(jax.tree.map(lax.stop_gradient, x), axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -102,7 +123,7 @@ exit_parallel.defvjp(_exit_fwd, _exit_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: jax.Array, axis: AxisNames, dim: int = 0) -> jax.Array:
-    """Concatenates the devices' pieces along `dim`; backward is a `reduce_scatter`.
+    """Concatenates the devices' pieces along `dim`; backward sums each piece in float32 at home.
 
     Args:
         x: [..., n, ...], any dtype (integers carry no gradient).
@@ -123,25 +144,9 @@ def _gather_bwd(axis, dim, _, ct):
 all_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def reduce_scatter(x: jax.Array, axis: AxisNames, dim: int = 0) -> jax.Array:
-    """Sums over the devices in float32 and keeps this device's piece; backward an all-gather.
-
-    Runs as an all-to-all of the pieces and a local sum: the bytes of a ring reduce-scatter, but
-    each term is rounded once, not once a hop.
-
-    Args:
-        x: [..., n·size, ...].
-        axis: mesh axis or axes.
-        dim: the dimension that shrinks by the axis size.
-
-    Returns:
-        [..., n, ...] in x's dtype.
-    """
-    return _sum_scatter(x, axis, dim)
-
-
 def _sum_scatter(x: jax.Array, axis: AxisNames, dim: int) -> jax.Array:
+    # An all-to-all of the pieces and a local float32 sum: the bytes of a ring reduce-scatter, but
+    # each term is rounded once, not once a hop.
     size = axis_size(axis)
     if size == 1:
         return x
@@ -149,17 +154,6 @@ def _sum_scatter(x: jax.Array, axis: AxisNames, dim: int) -> jax.Array:
     pieces = jnp.moveaxis(pieces, dim, 0)
     received = lax.all_to_all(pieces, axis, split_axis=0, concat_axis=0)
     return jnp.sum(received.astype(jnp.float32), axis=0).astype(x.dtype)
-
-
-def _scatter_fwd(x, axis, dim):
-    return _sum_scatter(x, axis, dim), None
-
-
-def _scatter_bwd(axis, dim, _, ct):
-    return (lax.all_gather(ct, axis, axis=dim, tiled=True),)
-
-
-reduce_scatter.defvjp(_scatter_fwd, _scatter_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -182,9 +182,10 @@ sys.exit(code)
 """
 
 
-def script(*argv: str) -> subprocess.CompletedProcess[str]:
+def script(*argv: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-c", SCRIPT, *argv]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
 def test_as_a_program():
@@ -197,6 +198,14 @@ def test_as_a_program():
         assert "Traceback" not in bad.stderr
     helped = script("--help")
     assert helped.returncode == 0 and "--num-layers" in helped.stdout and helped.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_message_does_not_depend_on_the_encoding(encoding):
+    bad = script("--num-layers", "two", encoding=encoding)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: --num-layers: invalid literal for int() with base 10:")
+    assert bad.stderr.endswith("write --num-layers INT; see train.py --help\n")
 
 
 def test_reader_of_the_output_goes_away():

@@ -49,6 +49,11 @@ def test_from_slots(rng):
 def test_bad_placements_are_refused():
     with pytest.raises(UserError, match=r"expert 1 has no slot; give each at least one"):
         from_slots(np.array([0, 2, 2, -1]), 3)
+    for slots in ([0, 1, 3], [0, 1, 2, -2]):
+        with pytest.raises(
+            UserError, match=rf"holds expert {slots[-1]}: must .* 0 and 2, or be -1"
+        ):
+            from_slots(np.array(slots), 3)
     with pytest.raises(UserError, match=r"expert 2 has 3 replicas, more than the 2 .* raise"):
         from_slots(np.array([0, 1, 2, 2, 2]), 3, max_replicas=2)
     with pytest.raises(UserError, match=r"num_experts=3 on expert=4 devices.*shrink the mesh"):

@@ -1,14 +1,12 @@
-"""The step line, the timer, the compressors' figures, the summary and the pictures."""
+"""The step line, the timer, the summary and the pictures."""
 
 from __future__ import annotations
 
 import errno
 import io
-import lzma
 import math
 import os
 import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from moejax.errors import UserError
 from moejax.training import files, pictures
 from moejax.training.pictures import draw_expert_load, draw_loss
 from moejax.training.report import (
-    CompressionLines,
     StepTimer,
     format_duration,
     print_summary,
@@ -130,21 +127,6 @@ def test_timer_counts_a_block_that_fails_and_refuses_nesting():
     assert timer.program_seconds == 1
 
 
-def test_compression_lines(rng):
-    words = [bytes(rng.integers(97, 123, size=5, dtype=np.uint8)) for _ in range(300)]
-    texts = [b" ".join(words[i] for i in rng.integers(0, 300, size=2000)) for _ in range(3)]
-    data = b"".join(texts)
-    lines = CompressionLines.measure(texts)
-    assert lines.zlib_bpb == pytest.approx(8 * len(zlib.compress(data, 9)) / len(data))
-    # The tool's own -9e, whose dictionary is larger than the text.
-    xz = lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
-    assert lines.xz_bpb == pytest.approx(8 * len(xz) / len(data), rel=1e-3)
-    assert lines.xz_bpb < lines.zlib_bpb < 8
-    assert CompressionLines.measure([b"a"]).zlib_bpb > 8
-    with pytest.raises(ValueError, match="nothing"):
-        CompressionLines.measure([])
-
-
 def test_summary_prints_brackets_as_they_are():
     out = io.StringIO()
     print_summary(
@@ -249,6 +231,7 @@ def test_expert_load_picture_tells_balance_from_imbalance(tmp_path):
 
 def test_pictures_leave_pyplot_alone_and_a_full_disk_is_told(rng, tmp_path, monkeypatch):
     path = tmp_path / "loss.png"
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # another test's
     draw_loss(loss_rows(rng), path)
     before = path.read_bytes()
     assert "matplotlib.pyplot" not in sys.modules

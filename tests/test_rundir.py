@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 
 from moejax.config import ExchangeConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.data.corpus import Document
+from moejax.data.tokenizer import Tokenizer, train_bpe
 from moejax.errors import UserError
 from moejax.training import files
 from moejax.training.config_json import config_differences, config_from_json, config_to_json
@@ -290,6 +292,49 @@ def test_resume_leaves_one_line_a_step(tmp_path):
     assert [row["step"] for row in rows] == list(range(12))
     assert [row["life"] for row in rows] == [1] * 6 + [2] * 6
     assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_evaluations_later_than_the_resume_point_are_cut(tmp_path):
+    def evaluated(run, *steps, life):
+        for step in steps:
+            run.append_evaluation({"step": step, "heldout_bits_per_byte": 1 / step, "life": life})
+
+    with RunDir.create_or_open(tmp_path) as run:
+        assert run.evaluations() == []
+        run.cut_metrics(1)
+        assert not run.evaluations_path.exists()
+        evaluated(run, 2, 4, 6, life=1)
+        evaluated(run, 6, life=2)  # once more at the same step
+        assert [(r["step"], r["life"]) for r in run.evaluations()] == [(2, 1), (4, 1), (6, 2)]
+        assert run.evaluations()[0]["heldout_bits_per_byte"] == 0.5
+    with RunDir.create_or_open(tmp_path) as run:
+        run.cut_metrics(5)
+        assert [r["step"] for r in run.evaluations()] == [2, 4]
+        follower = RunDir.create_or_open(tmp_path, primary=False)
+        follower.cut_metrics(0)
+        evaluated(follower, 8, life=3)
+        assert [r["step"] for r in RunDir(tmp_path).evaluations()] == [2, 4]
+
+
+def test_summary_and_tokenizer(tmp_path):
+    bpe = train_bpe([Document("a", "the cat and the hat and the bat " * 40)], 270)
+    follower = RunDir.create_or_open(tmp_path, primary=False)
+    follower.write_summary({"steps": 1})
+    follower.save_tokenizer(bpe)
+    assert not list(tmp_path.iterdir()) and follower.load_tokenizer() is None
+    with RunDir.create_or_open(tmp_path) as run:
+        for steps in (1, 2):
+            run.write_summary({"steps": steps, "bits_per_byte": 2.5, "text": {"files": 3}})
+        for tokenizer in (Tokenizer(), bpe, bpe):  # a second time over the first
+            run.save_tokenizer(tokenizer)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "steps": 2,
+        "bits_per_byte": 2.5,
+        "text": {"files": 3},
+    }
+    back = RunDir(tmp_path).load_tokenizer()
+    assert back is not None and back.fingerprint == bpe.fingerprint
+    assert list(back.encode("the hat")) == list(bpe.encode("the hat"))
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step":2', b'{"step":2}', b"\x00\x00"])

@@ -91,7 +91,11 @@ class Tokenizer:
             UserError: the file is missing, unreadable, not a tokenizer, cannot spell every byte,
                 or lacks `eos_token`.
         """
-        tokenizer = cls(_read(Path(path)))
+        text = _read(Path(path))
+        try:
+            tokenizer = cls(text)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         names = _EOS_NAMES if eos_token is None else (eos_token,)
         ids = (tokenizer._model.token_to_id(name) for name in names)
         eos_id = next((i for i in ids if i is not None), None)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 
 from moejax.exchange.budget import Budget
@@ -83,4 +82,4 @@ def over_devices(counters: ExchangeCounters, axes: str | Sequence[str]) -> Excha
         axes: mesh axes that tokens are split over.
     """
     summed = collectives.psum_statistics(counters, axes)
-    return replace(summed, waves=lax.pmax(counters.waves, axes))
+    return replace(summed, waves=collectives.pmax_statistics(counters.waves, axes))

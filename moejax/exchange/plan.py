@@ -17,11 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 
 from moejax.exchange.budget import Budget
 from moejax.exchange.permute import RowMap
+from sharding.collectives import pmax_statistics
 from sharding.mesh import TOKEN_AXES
 
 __all__ = ["Plan", "Wave", "make_plan", "select_wave"]
@@ -100,7 +100,7 @@ def make_plan(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> Plan:
     if budget.single_wave:
         num_waves = jnp.ones((), jnp.int32)
     else:
-        num_waves = lax.pmax(jnp.max(wave_TK, initial=0) + 1, axes)
+        num_waves = pmax_statistics(jnp.max(wave_TK, initial=0) + 1, axes)
     rows_G = jnp.sum(goes_TG, axis=0, dtype=jnp.int32)
     return Plan(device_TK, slot_TK, first_TK, rank_TK, position_TK, wave_TK, rows_G, num_waves)
 

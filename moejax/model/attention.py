@@ -17,6 +17,7 @@ from moejax.model.cache import LayerCache
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.norm import rms_normalize, rms_normalize_heads
 from moejax.model.rope import rotate
+from pallas_kernels.precision import precision_of
 from sharding.collectives import enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
 
@@ -95,9 +96,10 @@ class Attention(nnx.Module):
         Returns:
             [B, S, D] in x's dtype, and the cache with the new positions, or None.
         """
+        dtype, precision = x_BSD.dtype, precision_of(x_BSD.dtype)
         x_BSD = enter_parallel(x_BSD, TENSOR)
         q_BSNh, k_BSMh, v_BSMh = (
-            jnp.einsum("BSD,DNh->BSNh", x_BSD, w[...].astype(x_BSD.dtype))
+            jnp.einsum("BSD,DNh->BSNh", x_BSD, w[...].astype(dtype), precision=precision)
             for w in (self.w_q, self.w_k, self.w_v)
         )
         q_BSNh = rotate(self._norm(q_BSNh, self.q_scale), positions_BS, self.config.rope_theta)
@@ -112,12 +114,18 @@ class Attention(nnx.Module):
             mask_BNSL = (filled_L <= at_BS[..., None])[:, None]
             k_BLMh, v_BLMh = (a.astype(q_BSNh.dtype) for a in (cache.k_BLMh, cache.v_BLMh))
             y_BSNh = self._attend(q_BSNh, k_BLMh, v_BLMh, mask=mask_BNSL)
-        y_BSD = jnp.einsum("BSNh,NhD->BSD", y_BSNh, self.w_o[...].astype(x_BSD.dtype))
+        w_NhD = self.w_o[...].astype(dtype)
+        y_BSD = jnp.einsum("BSNh,NhD->BSD", y_BSNh, w_NhD, precision=precision)
         return exit_parallel(y_BSD, TENSOR), cache
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **mask: Any) -> jax.Array:
-        # JAX's own function mixes dtypes on its way to a float32 softmax.
-        with jax.numpy_dtype_promotion("standard"):
+        # JAX's own function mixes dtypes on its way to a float32 softmax, and takes no precision;
+        # the context is read where its products are traced, and their transposes keep it.
+        precision = precision_of(q.dtype).name.lower()
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.default_matmul_precision(precision),
+        ):
             return jax.nn.dot_product_attention(q, k, v, implementation=self.implementation, **mask)
 
     def _norm(self, x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:

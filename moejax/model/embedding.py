@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moejax.model.initializers import make_normal
+from pallas_kernels.precision import precision_of
 from sharding.collectives import axis_index, enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
 
@@ -37,7 +38,13 @@ _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 @jax.custom_vjp
 def _float32_product(x_TD: jax.Array, w_DV: jax.Array) -> jax.Array:
-    return jnp.einsum("...D,DV->...V", x_TD, w_DV, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "...D,DV->...V",
+        x_TD,
+        w_DV,
+        precision=precision_of(x_TD.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _product_fwd(x_TD, w_DV):
@@ -47,8 +54,9 @@ def _product_fwd(x_TD, w_DV):
 def _product_bwd(residuals, ct):
     # The derived transpose would multiply float32 by bfloat16, which has no fast path.
     x_TD, w_DV = residuals
-    ct = ct.astype(x_TD.dtype)
-    return jnp.einsum("...V,DV->...D", ct, w_DV), jnp.einsum("...D,...V->DV", x_TD, ct)
+    ct, precision = ct.astype(x_TD.dtype), precision_of(x_TD.dtype)
+    x_ct = jnp.einsum("...V,DV->...D", ct, w_DV, precision=precision)
+    return x_ct, jnp.einsum("...D,...V->DV", x_TD, ct, precision=precision)
 
 
 _float32_product.defvjp(_product_fwd, _product_bwd)

@@ -9,7 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from moejax.model.embedding import vocabulary_logits
-from sharding.collectives import axis_index
+from sharding.collectives import axis_index, pmax_statistics, psum_statistics
 from sharding.mesh import TENSOR
 
 __all__ = ["hidden_nll", "token_nll"]
@@ -39,13 +39,13 @@ def _target_columns(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
 
 def _nll_fwd(logits_TV, targets_T):
     wide = logits_TV.astype(jnp.float32)
-    largest_T = lax.pmax(jnp.max(wide, axis=-1), TENSOR)
+    largest_T = pmax_statistics(jnp.max(wide, axis=-1), TENSOR)
     hit_TV = _target_columns(logits_TV, targets_T)
     terms = (
         jnp.sum(jnp.exp(wide - largest_T[..., None]), axis=-1),
         jnp.sum(jnp.where(hit_TV, wide, 0.0), axis=-1),
     )
-    total_T, target_T = lax.psum(terms, TENSOR)
+    total_T, target_T = psum_statistics(terms, TENSOR)
     log_total_T = jnp.log(total_T) + largest_T
     return log_total_T - target_T, (logits_TV, log_total_T, targets_T)
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.activations import apply_activation
 from moejax.config import ExpertsConfig
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
+from pallas_kernels.precision import precision_of
 from sharding.collectives import axis_index, enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
 
@@ -60,15 +61,17 @@ class DenseMLP(nnx.Module):
         """
         if self.parallel:
             x_TD = enter_parallel(x_TD, TENSOR)
-        h_TNH = jnp.einsum("...D,DNH->...NH", x_TD, self.w_in[...].astype(x_TD.dtype))
+        dtype, precision = x_TD.dtype, precision_of(x_TD.dtype)
+        w_DNH, w_HD = self.w_in[...].astype(dtype), self.w_out[...].astype(dtype)
+        h_TNH = jnp.einsum("...D,DNH->...NH", x_TD, w_DNH, precision=precision)
         if self.b_in is not None:
-            h_TNH = h_TNH + self.b_in[...].astype(x_TD.dtype)
+            h_TNH = h_TNH + self.b_in[...].astype(dtype)
         h_TH = apply_activation(h_TNH, self.activation)
-        y_TD = jnp.einsum("...H,HD->...D", h_TH, self.w_out[...].astype(x_TD.dtype))
+        y_TD = jnp.einsum("...H,HD->...D", h_TH, w_HD, precision=precision)
         if self.parallel:
             y_TD = exit_parallel(y_TD, TENSOR)
         if self.b_out is not None:
-            y_TD = y_TD + self._output_bias(x_TD.dtype)
+            y_TD = y_TD + self._output_bias(dtype)
         return y_TD
 
     def _output_bias(self, dtype: jnp.dtype) -> jax.Array:

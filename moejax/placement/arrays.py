@@ -84,9 +84,16 @@ def from_slots(
         max_replicas: R; None takes the largest number of replicas present.
 
     Raises:
-        UserError: an expert has no slot, or more replicas than `max_replicas`.
+        UserError: a slot holds no expert there is, an expert has no slot, or one has more replicas
+            than `max_replicas`.
     """
     slot_expert = np.asarray(slot_expert, np.int32)
+    strange = slot_expert[(slot_expert < -1) | (slot_expert >= num_experts)]
+    if strange.size:
+        raise UserError(
+            f"placement: a slot holds expert {int(strange[0])}: must lie between 0 and "
+            f"{num_experts - 1}, or be -1 for an empty slot"
+        )
     holders = [np.flatnonzero(slot_expert == e) for e in range(num_experts)]
     counts = np.array([len(h) for h in holders], np.int32)
     if counts.min() < 1:
@@ -140,6 +147,9 @@ def place(experts_TK: jax.Array, placement: Placement, slots_per_device: int) ->
 
 def gather_bank(bank: jax.Array, placement: Placement, num_experts: int) -> jax.Array:
     """This device's slots filled from the experts' homes; the transpose sums replicas home.
+
+    Gathers the whole bank on every device, G times its part in memory and on the wire: the
+    reference for any placement. A cheaper exchange comes with migration.
 
     Args:
         bank: [S_home, ...], this device's part of the home bank.

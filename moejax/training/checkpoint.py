@@ -88,7 +88,7 @@ class Checkpoints:
             self._array_store().save(self._path(step) / "arrays", arrays)
         except Exception as error:
             raise self._save_error(error) from error
-        # Not a daemon: a program that ends without `wait` still completes its checkpoint.
+        # Whoever saves has to wait or close: at the end of a program threads start no others.
         self._thread = threading.Thread(target=self._commit, args=(step, head), name="checkpoint")
         self._thread.start()
         return True

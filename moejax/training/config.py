@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro.conf
 
 from moejax.config import ModelConfig
 from moejax.errors import UserError
@@ -15,17 +17,18 @@ __all__ = ["DataConfig", "OptimizerConfig", "TrainConfig"]
 class DataConfig:
     """Text and tokens.
 
-    paths: files, folders, globs, `.jsonl`; none: the standard library's own source.
-    vocab: train a BPE of this size; 0: bytes.
-    tokenizer: a tokenizer.json to use instead.
-    seq_len: tokens of an example.
-    batch_size: examples of a step, over all devices and accumulation steps.
-    held_out: fraction of documents kept for evaluation, chosen by hash of the path.
-    held_out_paths: text to evaluate on instead; then everything under `paths` is trained on.
+    Attributes:
+        paths: files, folders, globs, `.jsonl`; none: the standard library's own source.
+        vocab: train a BPE of this size; 0: bytes.
+        tokenizer: a tokenizer.json to use instead.
+        seq_len: tokens of an example.
+        batch_size: examples of a step, over all devices and accumulation steps.
+        held_out: fraction of documents kept for evaluation, chosen by hash of the path.
+        held_out_paths: text to evaluate on instead; then everything under `paths` is trained on.
     """
 
-    paths: tuple[str, ...] = ()
-    vocab: int = 0
+    paths: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"])] = ()
+    vocab: Annotated[int, tyro.conf.arg(aliases=["--vocab"])] = 0
     tokenizer: str = ""
     seq_len: int = 256
     batch_size: int = 16
@@ -45,10 +48,17 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101) with warm-up and decay.
 
-    learning_rate: peak.
-    final_ratio: last learning rate over the peak.
-    schedule: `cosine`, or `wsd`: constant, then linear decay over the last `decay_fraction`.
-    clip_norm: largest global gradient norm; 0: no clipping.
+    Attributes:
+        learning_rate: peak.
+        final_ratio: last learning rate over the peak.
+        warmup_steps: steps of linear increase up to the peak.
+        schedule: `cosine`, or `wsd`: constant, then linear decay over the last steps.
+        decay_fraction: part of the run over which `wsd` decays.
+        weight_decay: of matrices; norms and biases do not decay.
+        b1: decay of the mean of gradients.
+        b2: decay of the mean of their squares.
+        eps: added to the root of the latter.
+        clip_norm: largest global gradient norm; 0: no clipping.
     """
 
     learning_rate: float = 3e-3
@@ -65,26 +75,41 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate={self.learning_rate}: must be greater than 0")
-        if not 0 <= self.decay_fraction <= 1:
-            raise UserError(f"decay_fraction={self.decay_fraction}: must lie between 0 and 1")
+        for name in ("decay_fraction", "final_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and less than 1")
+        if self.eps <= 0:
+            raise UserError(f"eps={self.eps}: must be greater than 0")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """A run.
 
-    mesh: `data=2,expert=4,tensor=1`, or `auto`: the experts over all devices.
-    devices: number of fake devices on a CPU; 0: as many as the mesh needs.
-    steps: optimizer steps.
-    accumulate: microbatches of a step, run one after the other.
-    loss_chunk: tokens whose logits exist at once; 0: all.
-    eval_every, save_every: steps between held-out evaluations and checkpoints; 0: at the end.
-    eval_windows: windows of an evaluation on the way; the last one takes all held-out text.
-    keep: checkpoints kept.
-    run: run directory; empty: a new one under runs/, or with `resume` the newest there.
-    resume: continue the newest run under runs/ when `run` is empty.
-    deterministic: the same bits run to run on GPU too (slower); on CPU they always are.
-    dry_run: print parameters, FLOPs, memory and bytes moved for the mesh, and stop.
+    Attributes:
+        model: what is trained.
+        data: what it reads.
+        optimizer: how it learns.
+        mesh: `data=2,expert=4,tensor=1`, or `auto`: over all devices, two or more experts on each.
+        devices: number of fake devices on a CPU; 0: as many as the mesh needs.
+        steps: optimizer steps.
+        accumulate: microbatches of a step, run one after the other.
+        loss_chunk: tokens whose logits exist at once; 0: all.
+        eval_every: steps between held-out evaluations; 0: only at the end.
+        eval_windows: windows of an evaluation on the way; the last one takes all held-out text.
+        save_every: steps between checkpoints; 0: only at the end.
+        keep: checkpoints kept.
+        run: run directory; empty: a new one under runs/, or with `resume` the newest there.
+        resume: continue the newest run under runs/ when `run` is empty.
+        seed: of the weights and of the order of examples.
+        deterministic: the same bits run to run on GPU too (slower); on CPU they always are.
+        dry_run: print parameters, FLOPs, memory and bytes moved for the mesh, and stop.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -110,6 +135,12 @@ class TrainConfig:
             raise UserError(
                 f"steps={self.steps}, accumulate={self.accumulate}: both must be at least 1"
             )
+        for name in ("devices", "loss_chunk", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("eval_windows", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.data.batch_size % self.accumulate:
             raise UserError(
                 f"batch_size={self.data.batch_size}: must be a multiple of "

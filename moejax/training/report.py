@@ -1,19 +1,15 @@
-"""What a run tells while it goes: the step line, the time, the figures to beat, the summary."""
+"""What a run tells while it goes: the step line, the time, the summary."""
 
 from __future__ import annotations
 
 import contextlib
-import lzma
 import math
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 __all__ = [
-    "CompressionLines",
     "StepTimer",
     "format_duration",
     "print_summary",
@@ -175,43 +171,6 @@ class StepTimer:
     def seconds_left(self) -> float:
         """Training time of the steps to come, in seconds; NaN before the first."""
         return self._steps_left * self.mean_step_seconds
-
-
-@dataclass(frozen=True)
-class CompressionLines:
-    """What general compressors make of the held-out text, in bits a byte: the lines to get below.
-
-    zlib_bpb: zlib (RFC 1950) at level 9.
-    xz_bpb: xz (LZMA2) at level 9, extreme.
-    """
-
-    zlib_bpb: float
-    xz_bpb: float
-
-    @staticmethod
-    def measure(texts: Iterable[bytes]) -> CompressionLines:
-        """Compresses the texts one after the other as one stream each.
-
-        Raises:
-            ValueError: there is not a byte in them.
-        """
-        data = b"".join(texts)
-        if not data:
-            raise ValueError("nothing to compress")
-        # A dictionary no larger than the text: the same output, not 700 MB of memory.
-        dictionary = min(max(1 << (len(data) - 1).bit_length(), 4096), 64 << 20)
-        filters = [
-            {
-                "id": lzma.FILTER_LZMA2,
-                "preset": 9 | lzma.PRESET_EXTREME,
-                "dict_size": dictionary,
-            }
-        ]
-        bits = 8.0 / len(data)
-        return CompressionLines(
-            zlib_bpb=bits * len(zlib.compress(data, 9)),
-            xz_bpb=bits * len(lzma.compress(data, filters=filters)),
-        )
 
 
 def print_summary(title: str, rows: Sequence[tuple[str, str]], file: TextIO | None = None) -> None:

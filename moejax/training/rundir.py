@@ -113,22 +113,28 @@ class RunDir:
             UserError: such a field differs (each value is named), `config.json` is unreadable, or
                 the disk is full.
         """
-        new = config_to_json(config)
-        exists = self.config_path.exists()
-        if exists:
-            old = self._read_json()
-            pairs = [(old.get(name), new.get(name), name) for name in must_match]
-            found = [d for a, b, name in pairs for d in config_differences(a, b, name)]
-            if found:
-                told = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in found)
-                raise UserError(
-                    f"{self.path}: the run was started with another configuration: {told}; "
-                    "pass the same values or choose a new run directory"
-                )
+        exists = self.check_config(config, must_match)
         if self.writable:
             with disk_errors(self.config_path):
-                write_atomically(self.config_path, json.dumps(new, indent=2) + "\n")
+                text = json.dumps(config_to_json(config), indent=2) + "\n"
+                write_atomically(self.config_path, text)
         return exists
+
+    def check_config(self, config: Any, must_match: Sequence[str] = ("model",)) -> bool:
+        """What `bind_config` refuses, and returns, without writing."""
+        new = config_to_json(config)
+        if not self.config_path.exists():
+            return False
+        old = self._read_json()
+        pairs = [(_entry(old, name), _entry(new, name), name) for name in must_match]
+        found = [d for a, b, name in pairs for d in config_differences(a, b, name)]
+        if found:
+            told = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in found)
+            raise UserError(
+                f"{self.path}: the run was started with another configuration: {told}; "
+                "pass the same values or choose a new run directory"
+            )
+        return True
 
     def read_config(self, cls: type[Config]) -> Config:
         """The configuration the run was last started with.
@@ -144,9 +150,12 @@ class RunDir:
             self._log().append(row)
 
     def cut_metrics(self, step: int) -> None:
-        """Removes the lines of `step` and later, before a run resumes at `step`."""
+        """Removes metrics and evaluations of `step` and later, before a run resumes there."""
         if self.writable:
             self._log().cut(step)
+            if self.evaluations_path.exists():
+                with contextlib.closing(MetricsLog(self.evaluations_path)) as log:
+                    log.cut(step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, oldest first."""
@@ -158,7 +167,7 @@ class RunDir:
         return self.path / "evaluations.jsonl"
 
     def append_evaluation(self, row: dict[str, Any]) -> None:
-        """Adds a line to `evaluations.jsonl`; a resumed run first cuts what it repeats."""
+        """Adds a line to `evaluations.jsonl`, in the place of one of the same step."""
         if self.writable:
             with contextlib.closing(MetricsLog(self.evaluations_path)) as log:
                 log.cut(row["step"])
@@ -179,7 +188,8 @@ class RunDir:
     def load_tokenizer(self) -> Tokenizer | None:
         """The tokenizer the run was started with; None before it has one."""
         folder = self.path / "tokenizer"
-        return Tokenizer.load(folder) if folder.is_dir() else None
+        # The description is written last: without it a kill came in between.
+        return Tokenizer.load(folder) if (folder / "tokenizer_meta.json").exists() else None
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replaces `summary.json`, the figures a finished run ended with."""
@@ -253,6 +263,13 @@ class RunDir:
         self.writable = True
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+
+def _entry(config: Any, name: str) -> Any:
+    """The entry `data.seq_len` of nested dictionaries; None where there is none."""
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
 
 
 def _holder(content: bytes) -> str:

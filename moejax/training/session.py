@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 from typing import Any
 
 import jax
@@ -70,7 +71,8 @@ class Session:
                 f"{self._run.path}: the run was trained with another tokenizer; pass the same "
                 "tokenizer flags or choose a new run directory"
             )
-        if metadata["corpus_sha256"] != self._text.record["corpus_sha256"]:
+        hashes = ("corpus_sha256", "held_out_sha256")
+        if any(metadata["text"].get(h) != self._text.record[h] for h in hashes):
             print("note: the text has changed since this run was started")
         print(f"resuming after step {step}", flush=True)
         return jax.block_until_ready(from_logical(flat, self._blueprint))
@@ -80,7 +82,6 @@ class Session:
         metadata = {
             "model": config_to_json(self._config.model),
             "tokenizer": self._text.record["tokenizer"],
-            "corpus_sha256": self._text.record["corpus_sha256"],
             "text": self._text.record,
             "seed": self._config.seed,
         }
@@ -141,7 +142,7 @@ class Session:
         return row
 
     def evaluate(self, step: int, state: TrainState, evaluator: Evaluator) -> None:
-        """An estimate of held-out bits per byte, and a sample, on the way."""
+        """Writes an estimate of held-out bits per byte on the way."""
         params = evaluator.weights(state)
         bits = evaluator.bits_per_byte(params, state.biases, self._config.eval_windows)
         self._note_held_out(step, bits)
@@ -201,9 +202,11 @@ class Session:
             ("xz -9e", f"{references['xz']:.3f} bits/byte on the same files"),
             ("time", f"{format_duration(timer.training_seconds)} in {step} steps"),
             ("run directory", str(self._run.path)),
-            ("talk to it", f'python infer.py --model {self._run.path} -p "def "'),
         ]
         print_summary("Training has ended", rows)
+        # Outside the table, which breaks long lines: this one is to be copied.
+        command = f'python infer.py --model {shlex.quote(str(self._run.path))} -p "def "'
+        print(f"talk to it: {command}", flush=True)
 
     def _rate(self, timer: StepTimer) -> float | None:
         """Tokens a second; None when this process made no step."""

@@ -203,20 +203,26 @@ def _from_logical(flat: Mapping[str, Any], part: str, like: nnx.State) -> nnx.St
     return from_canonical(values, like)
 
 
+def _check(flat: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+    """Raises UserError unless the parts that are asked for are there, in these shapes."""
+    parts = {name.partition("/")[0] for name in targets}
+    for name in [*targets, *(n for n in flat if n.partition("/")[0] in parts)]:
+        wanted = str(targets[name].shape) if name in targets else "nothing"
+        found = str(flat[name].shape) if name in flat else "nothing"
+        if wanted != found:
+            raise UserError(
+                f"checkpoint: {name} should be {wanted} and is {found}: it belongs to "
+                "another model; use the config it was made with"
+            )
+
+
 def from_logical(flat: Mapping[str, jax.Array], blueprint: Blueprint) -> TrainState:
     """The inverse of `to_logical`, onto the blueprint's mesh.
 
     Raises:
         UserError: names or shapes are of another model.
     """
-    targets = logical_targets(blueprint)
-    for name, target in targets.items():
-        if name not in flat or flat[name].shape != target.shape:
-            found = f"{flat[name].shape}" if name in flat else "nothing"
-            raise UserError(
-                f"checkpoint: {name} should be {target.shape} and is {found}: it belongs to "
-                "another model; use the config it was made with"
-            )
+    _check(flat, logical_targets(blueprint))
 
     def build(flat: Mapping[str, jax.Array]) -> TrainState:
         masters, mu, nu = (_from_logical(flat, p, blueprint.params) for p in ("params", "mu", "nu"))
@@ -237,7 +243,11 @@ def load_weights(
         flat: `params/…` and `bias/…`.
         blueprint: model and mesh.
         dtype: dtype of weights that need not stay float32.
+
+    Raises:
+        UserError: names or shapes are of another model.
     """
+    _check(flat, logical_targets(blueprint, ("params", "bias")))
 
     def build(flat: Mapping[str, jax.Array]) -> tuple[nnx.State, nnx.State]:
         params = _from_logical(flat, "params", blueprint.params)

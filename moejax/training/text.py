@@ -52,6 +52,13 @@ def prepare_text(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Tex
         held_out = list(load_corpus(data.held_out_paths).documents)
     else:
         training, held_out = split_or_cut(corpus.documents, data.held_out)
+    kept_out = {d.text for d in held_out}
+    training = [d for d in training if d.text not in kept_out]
+    if not training:
+        raise UserError(
+            f"all {len(corpus.documents)} training document(s) are held-out text too: name other "
+            "text with --data.paths or --data.held-out-paths"
+        )
     tokenizer = tokenizer or make_tokenizer(config, training)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -67,6 +74,7 @@ def prepare_text(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Tex
         "held_out_files": len(held_out),
         "skipped_files": len(corpus.skipped),
         "corpus_sha256": corpus_hash(corpus.documents),
+        "held_out_sha256": corpus_hash(held_out),
         "tokenizer": tokenizer.fingerprint,
     }
     return Text(

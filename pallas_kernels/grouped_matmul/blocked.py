@@ -11,6 +11,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from pallas_kernels.precision import precision_of
+
 __all__ = ["block_size", "grouped_matmul", "weights_gradient"]
 
 
@@ -48,7 +50,11 @@ def grouped_matmul(
     lhs = lhs_MK.reshape(blocks, block, lhs_MK.shape[1])
     rhs = rhs_GKN[_block_group(group_sizes_G, blocks, block)]
     out = jnp.einsum(
-        "bmk,bkn->bmn", lhs, rhs, precision=_precision(lhs), preferred_element_type=jnp.float32
+        "bmk,bkn->bmn",
+        lhs,
+        rhs,
+        precision=precision_of(lhs.dtype),
+        preferred_element_type=jnp.float32,
     )
     return out.reshape(lhs_MK.shape[0], -1).astype(lhs_MK.dtype)
 
@@ -84,15 +90,14 @@ def weights_gradient(
         lhs = lhs_MK.at[index_GB].get(mode="fill", fill_value=0)
         ct = ct_MN.at[index_GB].get(mode="fill", fill_value=0)
         product = jnp.einsum(
-            "gmk,gmn->gkn", lhs, ct, precision=_precision(lhs), preferred_element_type=jnp.float32
+            "gmk,gmn->gkn",
+            lhs,
+            ct,
+            precision=precision_of(lhs.dtype),
+            preferred_element_type=jnp.float32,
         )
         return sum_GKN + product
 
     zeros = jnp.zeros((groups, lhs_MK.shape[1], ct_MN.shape[1]), jnp.float32)
     steps = jnp.max(-(-group_sizes_G // block), initial=0)
     return lax.fori_loop(0, steps, step, zeros).astype(dtype)
-
-
-def _precision(x: jax.Array) -> str:
-    """Float32 rows mean float32 products: the default on GPU would be TF32."""
-    return "highest" if x.dtype == jnp.float32 else "default"

@@ -1,0 +1,111 @@
+"""README and docs: figures up to date, links and file names resolve, the example runs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "benchmarks" / "README.md",
+]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCE = re.compile(r"```.*?```", re.DOTALL)
+FILE = re.compile(
+    r"`((?:moejax|sharding|pallas_kernels|tests|benchmarks|docs)/[\w./-]*|[\w-]+\.py)`"
+)
+
+
+def is_there(name):
+    """A path from the root, a pattern for one (NAME), or the bare name of a module."""
+    if "NAME" in name or (ROOT / name).exists():
+        return True
+    folders = ("moejax", "sharding", "pallas_kernels", "tests", "benchmarks")
+    return "/" not in name and any(any((ROOT / f).rglob(name)) for f in folders)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return load("figures")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_and_files_resolve(path):
+    text = FENCE.sub("", path.read_text())
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    lost = [link for link in links if not (path.parent / link.partition("#")[0]).exists()]
+    assert lost + [f for f in FILE.findall(text) if not is_there(f)] == []
+
+
+def test_every_document_is_listed():
+    listed = {Path(link).name for link in LINK.findall((ROOT / "docs" / "index.md").read_text())}
+    assert {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"} <= listed
+
+
+def test_figures_are_up_to_date(figures):
+    used = set()
+    for path in figures.documents():
+        text = path.read_text()
+        assert figures.filled(text) == text, f"{path}: run python docs/figures.py"
+        used.update(match[2] for match in figures.BLOCK.finditer(text))
+    assert used == set(figures.BLOCKS)
+
+
+def test_stale_figures_are_noticed(figures, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    text = "before\n<!-- figures:cpu_default -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "cpu_default.json").write_text(
+        '{"device": "d", "jax": "j", "commit": "c", "command": "make it",'
+        ' "rows": [{"bits_per_byte": 2.34567, "other": 1}, {"bits_per_byte": 1, "seconds": 61.7}]}'
+    )
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    assert figures.main() == 1 and (tmp_path / "README.md").read_text() == text
+    assert "README.md: figures are stale" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["figures.py"])
+    assert figures.main() == 0
+    new = (tmp_path / "README.md").read_text()
+    assert "| bits/byte | seconds |\n| --- | --- |\n| 2.346 |  |\n| 1.000 | 62 |\n" in new
+    assert new.startswith("before\n<!--") and new.endswith("<!-- end -->\nafter\n")
+    assert "`make it` on d, jax j, commit c (benchmarks/results/cpu_default.json)" in new
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    assert figures.main() == 0
+
+
+def test_the_picture_is_drawn(monkeypatch, tmp_path):
+    draw = load("draw_token")
+    monkeypatch.setattr(draw, "PICTURE", tmp_path / "token.png")
+    draw.main()
+    assert (tmp_path / "token.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs" / "img" / "token.png").stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + example)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"JAX_PLATFORMS": "cpu", "PATH": ""},
+    )
+    loss, assignments, home, away = map(float, re.findall(r"[\d.]+\d|\d", done.stdout))
+    assert loss < 0.2 and assignments == 400
+    # 2.91 devices a token, a quarter of them its own.
+    assert 230 < home + away < 330 and 40 < home < 100
