@@ -15,6 +15,7 @@ from moejax.training.config import TrainConfig
 from moejax.training.config_json import config_from_json, config_to_json
 from sharding.costs import count_parameters
 from sharding.mesh import MeshShape
+from train import choose_mesh
 
 # Total parameters of the published checkpoints, and active ones in billions as their papers say
 # (DeepSeek's leave the embedding out).
@@ -47,7 +48,7 @@ def test_presets_are_runs_that_fit_their_mesh(name):
     config = PRESETS[name]()
     assert isinstance(config, TrainConfig) and config == PRESETS[name]()
     assert config_from_json(TrainConfig, config_to_json(config)) == config
-    mesh = MeshShape.parse(config.mesh)
+    mesh = choose_mesh(config)
     check_mesh(config.model, mesh)
     assert config.data.batch_size % (mesh.data * mesh.expert * config.accumulate) == 0
     assert config.model.vocab_size >= max(257, config.data.vocab)  # the end of a document included
