@@ -33,9 +33,9 @@ def tiny() -> TrainConfig:
         ),
         data=DataConfig(batch_size=8),
         optimizer=OptimizerConfig(learning_rate=5e-3),
-        steps=400,
+        steps=480,
         eval_every=100,
-        save_every=200,
+        save_every=240,
     )
 
 
