@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from moejax import exchange
 from moejax.config import MoEConfig
@@ -44,9 +45,9 @@ class MoEAux:
     """
 
     losses: RouterLosses
-    counts_E: jax.Array
-    entropy_sum: jax.Array
-    num_tokens: jax.Array
+    counts_E: Int32[Array, " E"]
+    entropy_sum: Float32[Array, ""]
+    num_tokens: Int32[Array, ""]
     counters: ExchangeCounters
 
     def over_devices(self) -> MoEAux:
@@ -111,11 +112,11 @@ class MoELayer(nnx.Module):
 
     def __call__(
         self,
-        x_TD: jax.Array,
+        x_TD: Float[Array, "T D"],
         placement: Placement | None = None,
         *,
-        token_mask_T: jax.Array | None = None,
-    ) -> tuple[jax.Array, MoEAux]:
+        token_mask_T: Bool[Array, " T"] | None = None,
+    ) -> tuple[Float[Array, "T D"], MoEAux]:
         """Applies the layer to this device's tokens, inside the shard_map.
 
         Args:

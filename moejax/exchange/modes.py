@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from moejax.exchange.budget import Budget
 from moejax.exchange.permute import RowMap, gather_rows, sum_rows
@@ -33,14 +34,18 @@ class Rows:
         tokens.
     """
 
-    x_RD: jax.Array
-    scores_RJ: jax.Array
-    ids_RJ: jax.Array
+    x_RD: Float[Array, "R D"]
+    scores_RJ: Float32[Array, "R J"]
+    ids_RJ: Int32[Array, "R J"]
     home: RowMap | None
 
 
 def dispatch(
-    x_TD: jax.Array, scores_TK: jax.Array, plan: Plan, wave: jax.Array | int, budget: Budget
+    x_TD: Float[Array, "T D"],
+    scores_TK: Float32[Array, "T K"],
+    plan: Plan,
+    wave: Int32[Array, ""] | int,
+    budget: Budget,
 ) -> Rows:
     """Sends the tokens of one wave to the devices of their experts.
 
@@ -61,7 +66,7 @@ def dispatch(
     raise NotImplementedError(f"exchange mode {budget.mode!r}")
 
 
-def combine(y_RD: jax.Array, rows: Rows, budget: Budget) -> jax.Array:
+def combine(y_RD: Float[Array, "R D"], rows: Rows, budget: Budget) -> Float32[Array, "T D"]:
     """Brings the experts' outputs home.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax import lax
 from jax import numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows, combine, dispatch
@@ -26,13 +27,13 @@ ExpertFn = Callable[[Rows, Any], jax.Array]
 
 
 def run_waves(
-    x_TD: jax.Array,
-    scores_TK: jax.Array,
+    x_TD: Float[Array, "T D"],
+    scores_TK: Float32[Array, "T K"],
     weights: Any,
     plan: Plan,
     budget: Budget,
     experts: ExpertFn,
-) -> jax.Array:
+) -> Float32[Array, "T D"]:
     """The experts' weighted outputs for every token.
 
     Args:

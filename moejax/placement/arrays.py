@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jaxtyping import Array, Int32
 
 from moejax.errors import UserError
 from sharding import collectives
@@ -119,7 +120,9 @@ def contiguous(num_experts: int, devices: int) -> Placement:
     return from_slots(slots, num_experts)
 
 
-def place(experts_TK: jax.Array, placement: Placement, slots_per_device: int) -> jax.Array:
+def place(
+    experts_TK: Int32[Array, "T K"], placement: Placement, slots_per_device: int
+) -> Int32[Array, "T K"]:
     """Chooses a physical slot for every assignment: a replica on this device, else dealt in turn.
 
     Args:

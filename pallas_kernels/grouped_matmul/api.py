@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.grouped_matmul import blocked, reference
 
@@ -85,13 +86,13 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def grouped_matmul(
-    lhs_MK: jax.Array,
-    rhs_GKN: jax.Array,
-    group_sizes_G: jax.Array,
+    lhs_MK: Float[Array, "M K"],
+    rhs_GKN: Float[Array, "G K N"],
+    group_sizes_G: Int32[Array, " G"],
     *,
     alignment: int = 1,
     backend: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "M N"]:
     """out[m] = lhs[m] @ rhs[group of m].
 
     Args:
