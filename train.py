@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
     # What may be refused comes before the run's record is written.
     mesh = make_mesh(shape)
     device = mesh.devices.flat[0]
-    attention = choose_attention(device.platform, config.model)
+    attention = choose_attention(device.platform, config.model, deterministic=config.deterministic)
     hosts = tuple(d.process_index for d in mesh.devices[0, :, 0])
     blueprint = Blueprint(config.model, mesh, hosts, attention)
     check_batch(config, shape)

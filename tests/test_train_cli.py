@@ -248,3 +248,4 @@ def test_attention_on_a_platform(platform, dtype, head_dim, want):
     attention = AttentionConfig(4, 2, head_dim)
     config = ModelConfig(attention=attention, compute_dtype=dtype)
     assert choose_attention(platform, config) == want
+    assert choose_attention(platform, config, deterministic=True) == "xla"

@@ -26,12 +26,17 @@ __all__ = ["Attention", "Implementation", "choose_attention"]
 Implementation = Literal["xla", "cudnn"] | None
 
 
-def choose_attention(platform: str, config: ModelConfig) -> Implementation:
+def choose_attention(
+    platform: str, config: ModelConfig, *, deterministic: bool = False
+) -> Implementation:
     """The implementation of `jax.nn.dot_product_attention` for training on a platform.
 
     cuDNN's flash attention takes 16-bit types and heads of at most 128 in multiples of 8; XLA's
-    serves everything, at the price of the S × S scores.
+    serves everything, at the price of the S × S scores. Under XLA's deterministic operations a
+    program with cuDNN's backward does not compile (jax 0.11.2: IndexError in raw_hash_map::at).
     """
+    if deterministic:
+        return "xla"
     cudnn = platform in ("gpu", "cuda") and config.compute_dtype == "bfloat16"
     head_dim = config.attention.head_dim
     return "cudnn" if cudnn and head_dim % 8 == 0 and head_dim <= 128 else None
