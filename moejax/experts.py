@@ -17,7 +17,9 @@ from moejax.exchange.modes import Rows
 from moejax.exchange.permute import RowMap, gather_rows, sum_rows
 from moejax.model.initializers import INIT_STD
 from moejax.placement.arrays import Placement, gather_bank, home_slots, num_slots
+from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.grouped_matmul.api import grouped_matmul, row_alignment
+from pallas_kernels.route.api import sorted_places
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
@@ -106,28 +108,28 @@ def _once_along_tensor(bias: jax.Array) -> jax.Array:
     return jnp.where(collectives.axis_index(TENSOR) == 0, bias, jnp.zeros_like(bias))
 
 
-def _sorted_layout(ids_RJ: jax.Array, budget: Budget) -> tuple[RowMap, jax.Array, int]:
+def _sorted_layout(
+    ids_RJ: jax.Array, slots: int, assignments: int, alignment: int
+) -> tuple[RowMap, jax.Array]:
     """Places for assignments, sorted by slot, each slot's group padded to the alignment.
 
+    Args:
+        ids_RJ: int32 slots; S for none.
+        slots: S.
+        assignments: the most there can be.
+        alignment: of the groups.
+
     Returns:
-        the map (rows' assignments ↔ places), group sizes int32 [S], and the alignment.
+        the map (rows' assignments ↔ places), and group sizes int32 [S].
     """
-    slots, assignments = budget.slots, min(budget.assignments, ids_RJ.size)
-    alignment = row_alignment(assignments, slots)
     busy = min(slots, assignments)  # groups that can need padding at all
     places = assignments + busy * (alignment - 1)
     places = -(-places // alignment) * alignment
 
-    id_A = ids_RJ.reshape(-1)
-    order_A = jnp.argsort(id_A, stable=True)
-    sorted_A = id_A[order_A]
-    counts_S = jnp.zeros((slots,), jnp.int32).at[id_A].add(1, mode="drop")
-    sizes_S = -(-counts_S // alignment) * alignment
-    shift_S = (jnp.cumsum(sizes_S) - sizes_S) - (jnp.cumsum(counts_S) - counts_S)
-    place_A = jnp.arange(id_A.size, dtype=jnp.int32) + shift_S[jnp.minimum(sorted_A, slots - 1)]
-    place_A = jnp.where(sorted_A < slots, place_A, places)
-    place_RJ = jnp.zeros_like(id_A).at[order_A].set(place_A).reshape(ids_RJ.shape)
-    return RowMap.from_rows(place_RJ, places), sizes_S, alignment
+    place_RJ, sizes_S, copy_A = sorted_places(
+        ids_RJ, groups=slots, alignment=alignment, places=places
+    )
+    return RowMap(place_RJ, copy_A), sizes_S
 
 
 def run_experts(
@@ -145,11 +147,26 @@ def run_experts(
         [R, D] in the rows' dtype, summed in float32 and rounded once; partial sums when H is
         split over `tensor`. Zero for rows without an assignment here.
     """
-    layout, sizes_S, alignment = _sorted_layout(rows.ids_RJ, budget)
+    slots, d_model, num_in, hidden = weights.w_in_SDNH.shape
+    assignments, dtype = min(budget.assignments, rows.ids_RJ.size), rows.x_RD.dtype
+    case = fused.Case(d_model, hidden, config.activation, dtype, bias=config.bias)
+    if fused.refusal("mosaic_gpu", case) is None:
+        layout, sizes_S = _sorted_layout(rows.ids_RJ, slots, assignments, fused.ROW_ALIGNMENT)
+        return fused.fused_experts(
+            rows.x_RD,
+            weights.w_in_SDNH,
+            weights.w_out_SHD,
+            rows.scores_RJ,
+            layout.row_NJ,
+            layout.copy_M,
+            sizes_S,
+            activation=config.activation,
+        )
+
+    alignment = row_alignment(assignments, slots, d_model, hidden, dtype)
+    layout, sizes_S = _sorted_layout(rows.ids_RJ, slots, assignments, alignment)
     product = partial(grouped_matmul, group_sizes_G=sizes_S, alignment=alignment)
     x_AD = gather_rows(rows.x_RD, layout)
-    slots, d_model, num_in, hidden = weights.w_in_SDNH.shape
-
     h_ANH = product(x_AD, weights.w_in_SDNH.reshape(slots, d_model, num_in * hidden))
     h_ANH = h_ANH.reshape(-1, num_in, hidden)
     if weights.b_in_SNH is not None:

@@ -1,5 +1,9 @@
-"""Every backend of the grouped matmul against float64 numpy, forward and backward."""
+"""The backends of the grouped matmul for any platform against float64 numpy, both directions.
 
+The Hopper kernels, which want larger shapes, are in test_hopper_kernels.py.
+"""
+
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,9 +15,10 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 from oracle import relative_error
 
-from pallas_kernels.grouped_matmul.api import BACKENDS, explain, grouped_matmul, row_alignment
+from pallas_kernels.grouped_matmul.api import Case, explain, grouped_matmul, row_alignment
 
 BFLOAT16 = ml_dtypes.bfloat16
+BACKENDS = ("blocked", "reference")
 BOUND = {np.float32: 1e-6, BFLOAT16: 1e-2}
 
 
@@ -127,17 +132,29 @@ def test_groups_do_not_touch(rng, backend):
 
 
 def test_choice_and_explanation():
-    assert explain(64, 8) == "grouped_matmul: blocked"
-    assert explain(63, 8) == (
-        "grouped_matmul: reference; not blocked: 63 rows are no multiple of the alignment 8"
+    case = Case(64, 6, 5, 8, jnp.float32)
+    assert explain(case) == (
+        "grouped_matmul: blocked; not mosaic_gpu: groups aligned to 8 rows, not 128"
     )
+    assert explain(replace(case, rows=63)).startswith("grouped_matmul: reference; not mosaic_gpu")
+    assert "blocked: 63 rows are no multiple of the alignment 8" in explain(replace(case, rows=63))
+    fits = Case(256, 64, 128, 128, jnp.bfloat16)
+    for changed, reason in (
+        (fits, "not mosaic_gpu: the device is 'cpu', no NVIDIA GPU of capability 9.0"),
+        (replace(fits, dtype=jnp.float32), "operands are float32, not bfloat16"),
+        (replace(fits, columns=160), "columns of 160, no multiple of 64"),
+        (replace(fits, contraction=32), "contraction of 32, no multiple of 64"),
+    ):
+        assert reason in explain(changed)
 
 
 def test_refusals(rng):
     lhs, rhs, sizes, _ = draw(rng, 6, 2, (4, 0))
     with pytest.raises(NotImplementedError, match=r"blocked: 6 rows are no multiple of .* 4"):
         grouped_matmul(lhs, rhs, sizes, alignment=4, backend="blocked")
-    with pytest.raises(NotImplementedError, match=r"unknown backend 'cutlass'; there are blocked"):
+    with pytest.raises(
+        NotImplementedError, match=r"unknown backend 'cutlass'; there are mosaic_gpu"
+    ):
         grouped_matmul(lhs, rhs, sizes, backend="cutlass")
     out = grouped_matmul(lhs, rhs, jnp.asarray(sizes), alignment=4)  # falls through to reference
     assert relative_error(out, numpy_grouped(lhs, rhs, sizes, np.zeros((6, 5)))[0]) < 1e-6
@@ -146,6 +163,6 @@ def test_refusals(rng):
 @pytest.mark.parametrize("rows,groups", [(1, 1), (7, 8), (64, 8), (4096, 8), (10**6, 64), (3, 264)])
 def test_row_alignment(rows, groups):
     """A power of two, at most 128, whose padding stays below the rows themselves."""
-    alignment = row_alignment(rows, groups)
+    alignment = row_alignment(rows, groups, 64, 64, jnp.bfloat16)
     assert alignment in (1, 2, 4, 8, 16, 32, 64, 128)
     assert groups * (alignment - 1) < max(rows, 2)

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from moejax.config import RouterConfig
+from pallas_kernels.route.api import top_k
 from sharding.collectives import axis_index, axis_size
 
 __all__ = ["choose_experts", "deal_experts", "selection_scores"]
@@ -61,7 +62,7 @@ def choose_experts(select_TE: Float32[Array, "T E"], config: RouterConfig) -> In
     if config.top_groups < config.num_groups:
         # A biased score may be negative, so experts out of reach get -inf, not 0.
         select_TE = jnp.where(_within_best_groups(select_TE, config), select_TE, -jnp.inf)
-    return lax.top_k(select_TE, config.top_k)[1]
+    return top_k(select_TE, config.top_k)
 
 
 def _within_best_groups(select_TE: jax.Array, config: RouterConfig) -> jax.Array:

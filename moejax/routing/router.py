@@ -26,6 +26,7 @@ from moejax.config import RouterConfig
 from moejax.routing.bias import RouterBias
 from moejax.routing.choice import choose_experts, deal_experts, selection_scores
 from moejax.routing.losses import RouterLosses, router_losses
+from pallas_kernels.precision import float32_dot
 from sharding.mesh import TOKEN_AXES
 
 __all__ = ["Router", "Routing", "route"]
@@ -187,10 +188,7 @@ class Router(nnx.Module):
         Returns:
             The routing of this device's tokens.
         """
-        # The default precision on a GPU would round both factors to TF32.
-        logits_TE = jnp.dot(
-            x_TD.astype(jnp.float32), self.w_DE[...], precision=lax.Precision.HIGHEST
-        )
+        logits_TE = float32_dot(x_TD, self.w_DE[...])
         if self.b_E is not None:
             logits_TE = logits_TE + self.b_E[...]
         bias_E = None if self.selection_bias_E is None else self.selection_bias_E[...]

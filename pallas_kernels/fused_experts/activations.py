@@ -1,0 +1,81 @@
+"""Activations of experts with their derivatives in closed form, on float32 values of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax import lax
+from jax import numpy as jnp
+
+__all__ = ["ACTIVATIONS", "Activation"]
+
+_SQRT_2_OVER_PI = 0.7978845608028654
+_CUBIC = 0.044715
+
+
+@dataclass(frozen=True)
+class Activation:
+    """value: of the input projections. gradients: (projections, cotangent) -> (value, gradients).
+
+    parts: projections; 2 for gated activations, the gate first.
+    """
+
+    parts: int
+    value: Callable[..., Any]
+    gradients: Callable[..., tuple[Any, tuple[Any, ...]]]
+
+
+def _sigmoid(x: Any) -> Any:
+    """1 / (1 + e⁻ˣ); a GPU has an instruction for the reciprocal root, none for a quotient."""
+    root = lax.rsqrt(1.0 + jnp.exp(-x))
+    return root * root
+
+
+def _silu(g: Any) -> tuple[Any, Any]:
+    """g·σ(g) and its derivative."""
+    s = _sigmoid(g)
+    value = g * s
+    return value, s + value * (1.0 - s)
+
+
+def _gelu(g: Any) -> tuple[Any, Any]:
+    """The tanh approximation (arXiv 1606.08415 §2) and its derivative.
+
+    (1 + tanh z) / 2 is σ(2z).
+    """
+    square = g * g
+    z = _SQRT_2_OVER_PI * g * (1.0 + _CUBIC * square)
+    half = _sigmoid(2.0 * z)
+    slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * square)
+    return g * half, half + 2.0 * g * half * (1.0 - half) * slope
+
+
+def _relu2(g: Any) -> tuple[Any, Any]:
+    positive = jnp.maximum(g, 0.0)
+    return positive * positive, 2.0 * positive
+
+
+def _plain(function: Callable[[Any], tuple[Any, Any]]) -> Activation:
+    def gradients(parts, ct):
+        value, slope = function(parts[0])
+        return value, (ct * slope,)
+
+    return Activation(1, lambda parts: function(parts[0])[0], gradients)
+
+
+def _gated(function: Callable[[Any], tuple[Any, Any]]) -> Activation:
+    def gradients(parts, ct):
+        value, slope = function(parts[0])
+        return value * parts[1], (ct * parts[1] * slope, ct * value)
+
+    return Activation(2, lambda parts: function(parts[0])[0] * parts[1], gradients)
+
+
+ACTIVATIONS = {
+    "swiglu": _gated(_silu),
+    "geglu": _gated(_gelu),
+    "gelu": _plain(_gelu),
+    "relu2": _plain(_relu2),
+}

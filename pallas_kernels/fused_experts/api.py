@@ -1,0 +1,178 @@
+"""Rows through their experts: gather, two grouped products, activation, weighted sum.
+
+Backends are tried in order, as for the grouped matmul; `explain` says which one serves.
+
+Shape letters: R rows, J assignments of a row, A places (assignments sorted by slot, each slot's
+padded), S slots, D model width, N input projections, H hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.fused_experts import mosaic_gpu, reference
+from pallas_kernels.fused_experts.activations import ACTIVATIONS
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.hopper.compat import hopper_refusal
+from pallas_kernels.hopper.tiles import ROWS
+
+__all__ = ["BACKENDS", "ROW_ALIGNMENT", "Case", "explain", "fused_experts", "refusal"]
+
+BACKENDS = ("mosaic_gpu", "reference")
+ROW_ALIGNMENT = ROWS
+"""The multiple of rows to which slots must be padded for the kernels."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backend must know to say whether it serves: D, H, the activation, dtype and bias."""
+
+    d_model: int
+    hidden: int
+    activation: str
+    dtype: Any
+    bias: bool = False
+
+
+def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
+    """Why a backend cannot serve; None if it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        case: what is asked.
+        forced: do not look at the device.
+    """
+    if backend not in BACKENDS:
+        return f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}"
+    if case.bias:
+        return "the experts have biases"
+    if case.activation not in ACTIVATIONS:
+        return f"activation {case.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if backend != "mosaic_gpu":
+        return None
+    for name, size in (("d_model", case.d_model), ("hidden", case.hidden)):
+        if size % 64:
+            return f"{name}={size} is no multiple of 64"
+    return hopper_refusal(case.dtype, forced=forced)
+
+
+def explain(case: Case) -> str:
+    """One line: whether the kernels serve this layer, and why not."""
+    reason = refusal("mosaic_gpu", case)
+    return "fused_experts: mosaic_gpu" if reason is None else f"fused_experts: none ({reason})"
+
+
+def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):
+    """Each row's places, weighted and summed in float32."""
+    taken_RJD = rows_AD.at[place_RJ].get(mode="fill", fill_value=0).astype(jnp.float32)
+    if weights_RJ is not None:
+        taken_RJD = taken_RJD * weights_RJ[..., None]
+    return jnp.sum(taken_RJD, axis=1).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _fused(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation):
+    return _forward(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, False)[0]
+
+
+def _forward(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, keep):
+    source_A = copy_A // place_RJ.shape[1]
+    a_AH, h_AM = mosaic_gpu.up(x_RD, w_in, source_A, sizes_S, activation=activation, keep=keep)
+    y_AD = products.grouped_matmul(a_AH, w_out, sizes_S)
+    return _sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype), h_AM
+
+
+def _fused_fwd(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation):
+    inputs = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
+    out, h_AM = _forward(*inputs, activation, True)
+    return out, (inputs, h_AM)
+
+
+def _fused_bwd(activation, residuals, ct_RD):
+    (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S), h_AM = residuals
+    slots, d_model, parts, hidden = w_in.shape
+    source_A = copy_A // place_RJ.shape[1]
+    scores_A = scores_RJ.reshape(-1).at[copy_A].get(mode="fill", fill_value=0)
+    h_ct, weighted_AH, partial_sums = mosaic_gpu.down_backward(
+        ct_RD, w_out, h_AM, scores_A, source_A, sizes_S, activation=activation
+    )
+    w_in_matrix = w_in.reshape(slots, d_model, parts * hidden)
+    x_ct_AD = products.grouped_matmul(h_ct, w_in_matrix, sizes_S, transpose_rhs=True)
+    w_in_ct = products.weights_gradient(x_RD, h_ct, sizes_S, index_M=source_A, gather="lhs")
+    w_out_ct = products.weights_gradient(weighted_AH, ct_RD, sizes_S, index_M=source_A, gather="ct")
+    scores_ct_A = jnp.sum(partial_sums, axis=0)
+    return (
+        _sum_places(x_ct_AD, None, place_RJ, x_RD.dtype),
+        w_in_ct.reshape(w_in.shape),
+        w_out_ct,
+        scores_ct_A.at[place_RJ].get(mode="fill", fill_value=0),
+        None,
+        None,
+        None,
+    )
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def fused_experts(
+    x_RD: Float[Array, "R D"],
+    w_in_SDNH: Float[Array, "S D N H"],
+    w_out_SHD: Float[Array, "S H D"],
+    scores_RJ: Float32[Array, "R J"],
+    place_RJ: Int32[Array, "R J"],
+    copy_A: Int32[Array, " A"],
+    sizes_S: Int32[Array, " S"],
+    *,
+    activation: str,
+    backend: str | None = None,
+) -> Float[Array, "R D"]:
+    """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
+
+    Args:
+        x_RD: rows.
+        w_in_SDNH: input projections, N = 2 for gated activations (the gate first), in x's dtype.
+        w_out_SHD: output projections, likewise.
+        scores_RJ: weights of the assignments.
+        place_RJ: the place of each assignment; A for none.
+        copy_A: the flat assignment r·J + j of each place; R·J for none.
+        sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
+        activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        backend: one of `BACKENDS`; None tries them in order.
+
+    Returns:
+        [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections
+        and the scores; the backward keeps only the input projections [A, N·H] of the forward and
+        recomputes the activation (SonicMoE, arXiv 2512.14080).
+
+    Raises:
+        NotImplementedError: no backend serves; the message has each one's reason.
+    """
+    case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
+    reasons = []
+    for name in BACKENDS if backend is None else (backend,):
+        reason = refusal(name, case, forced=backend is not None)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+        elif name == "mosaic_gpu":
+            return _fused(
+                x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ, copy_A, sizes_S, activation
+            )
+        else:
+            return reference.fused_experts(
+                x_RD,
+                w_in_SDNH,
+                w_out_SHD,
+                scores_RJ,
+                place_RJ,
+                copy_A // place_RJ.shape[1],
+                sizes_S,
+                activation=activation,
+            )
+    raise NotImplementedError("fused_experts: " + "; ".join(reasons))

@@ -1,0 +1,34 @@
+"""Fused experts in plain JAX: the same sums as the kernels, by gathers and grouped products."""
+
+from __future__ import annotations
+
+import jax
+from jax import numpy as jnp
+
+from pallas_kernels.fused_experts.activations import ACTIVATIONS
+from pallas_kernels.grouped_matmul import reference
+
+__all__ = ["fused_experts"]
+
+
+def fused_experts(
+    x_RD: jax.Array,
+    w_in_SDNH: jax.Array,
+    w_out_SHD: jax.Array,
+    scores_RJ: jax.Array,
+    place_RJ: jax.Array,
+    source_A: jax.Array,
+    sizes_S: jax.Array,
+    *,
+    activation: str,
+) -> jax.Array:
+    """As `pallas_kernels.fused_experts.api.fused_experts`; differentiable by JAX itself."""
+    slots, d_model, parts, hidden = w_in_SDNH.shape
+    act = ACTIVATIONS[activation]
+    x_AD = x_RD.at[source_A].get(mode="fill", fill_value=0)
+    w_in = w_in_SDNH.reshape(slots, d_model, parts * hidden)
+    h_AM = reference.grouped_matmul(x_AD, w_in, sizes_S).astype(jnp.float32)
+    a_AH = act.value(tuple(jnp.split(h_AM, parts, axis=1))).astype(x_RD.dtype)
+    y_AD = reference.grouped_matmul(a_AH, w_out_SHD, sizes_S)
+    taken_RJD = y_AD.at[place_RJ].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.sum(taken_RJD * scores_RJ[..., None], axis=1).astype(x_RD.dtype)

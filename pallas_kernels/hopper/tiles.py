@@ -1,0 +1,88 @@
+"""What the Hopper kernels share: sizes, the tile → group map, the order of tiles, storing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+__all__ = [
+    "COMPUTE",
+    "HALF",
+    "ROWS",
+    "STRIP",
+    "out_scratch",
+    "place_in_bands",
+    "store_strips",
+    "swizzled",
+    "tile_groups",
+]
+
+COMPUTE = 2  # warpgroups that multiply; one more loads
+HALF = 64  # rows of a tile for each of them
+ROWS = COMPUTE * HALF  # rows of a tile
+STRIP = 64  # columns that are stored at a time
+
+
+def tile_groups(group_sizes_G: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
+    """The group of each tile of `ROWS` rows, and the number of tiles.
+
+    Args:
+        group_sizes_G: int32, multiples of `ROWS`.
+        tiles: length of the list, at least the sum over `ROWS`.
+
+    Returns:
+        int32 [tiles], where tiles past the last take the last group; int32 [1].
+    """
+    ends_G = jnp.cumsum(group_sizes_G) // ROWS
+    index = jnp.arange(tiles, dtype=jnp.int32)
+    group = jnp.sum(index[:, None] >= ends_G[None, :], axis=1, dtype=jnp.int32)
+    return jnp.minimum(group, group_sizes_G.shape[0] - 1), ends_G[-1:].astype(jnp.int32)
+
+
+def place_in_bands(index: Any, rows: Any, columns: int, height: int) -> tuple[Any, Any]:
+    """Row and column of the index-th tile: bands of `height` rows, in each the rows fastest.
+
+    Blocks that run at the same time then share rows and columns, which stay in the L2 cache.
+    """
+    band = lax.div(index, height * columns)
+    rest = index - band * (height * columns)
+    tall = jnp.minimum(height, rows - band * height)
+    column = lax.div(rest, tall)
+    return band * height + rest - column * tall, column
+
+
+def swizzled(dtype: Any) -> tuple[Any, ...]:
+    """The layout of an operand in shared memory: tiles of 8 × 128 bytes, swizzled."""
+    elements = 128 // jnp.dtype(dtype).itemsize
+    return (plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128))
+
+
+def out_scratch(dtype: Any, slots: int = 2) -> Any:
+    """Shared memory for `store_strips`."""
+    return plgpu.SMEM((COMPUTE, slots, HALF, STRIP), dtype, transforms=swizzled(dtype))
+
+
+def store_strips(
+    values: Any, out: Any, out_smem: Any, warpgroup: Any, row: Any, column: Any
+) -> None:
+    """Writes a warpgroup's [64, C] values to out[row:, column:] by TMA, a strip at a time.
+
+    Args:
+        values: in registers, of out's dtype.
+        out: [rows, columns] in global memory.
+        out_smem: of `out_scratch` with two slots.
+        warpgroup, row, column: whose, and where to.
+    """
+    for strip in range(values.shape[1] // STRIP):
+        along = slice(strip * STRIP, (strip + 1) * STRIP)
+        buffer = out_smem.at[warpgroup, strip % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        buffer[...] = values[:, along]
+        plgpu.commit_smem()
+        target = out.at[pl.ds(row, HALF), pl.ds(column + strip * STRIP, STRIP)]
+        plgpu.copy_smem_to_gmem(buffer, target)

@@ -1,0 +1,1 @@
+"""Route: the best experts of each token, and where assignments lie when sorted by group."""

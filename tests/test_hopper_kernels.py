@@ -1,0 +1,228 @@
+"""The Hopper kernels: interpreted on a CPU against float64 numpy, and lowered for CUDA.
+
+On a GPU of capability 9.0 the same tests run the compiled kernels (`pytest -m gpu`, see
+CONTRIBUTING.md), at the shapes of real layers too.
+"""
+
+from contextlib import nullcontext
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from oracle import relative_error
+
+from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.grouped_matmul import mosaic_gpu
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.hopper.compat import interpreted
+
+BFLOAT16 = ml_dtypes.bfloat16
+ON_GPU = jax.default_backend() == "gpu"
+# The interpreter of 0.10 does not know transposed views of shared memory.
+OLD = jax.__version_info__ < (0, 11) and not ON_GPU
+needs_transposes = pytest.mark.skipif(OLD, reason="jax 0.10 cannot interpret transposed operands")
+PADDED = 128
+
+
+def run(function, *inputs):
+    """Compiled on a GPU, interpreted elsewhere."""
+    with nullcontext() if ON_GPU else interpreted():
+        return jax.tree.map(np.asarray, jax.jit(function)(*inputs))
+
+
+def draw(rng, *shape, scale=1.0):
+    return (scale * rng.normal(size=shape)).astype(BFLOAT16)
+
+
+def wide(*arrays):
+    return tuple(np.asarray(a, np.float64) for a in arrays)
+
+
+def layer(rng, *, slots, tokens, copies, d_model, hidden, parts, ids=None):
+    """Random experts and assignments, and their places sorted by slot in padded groups."""
+    if ids is None:  # a slot more than there are stands for none
+        ids = np.stack([rng.permutation(slots + 1)[:copies] for _ in range(tokens)])
+    sizes = np.array([-(-np.sum(ids == s) // PADDED) * PADDED for s in range(slots)], np.int32)
+    total = int(sizes.sum()) + PADDED  # a tile that no group has
+    place, copy = np.full(ids.shape, total, np.int32), np.full(total, ids.size, np.int32)
+    for s, start in enumerate(np.cumsum(sizes) - sizes):
+        rows, js = np.nonzero(ids == s)
+        place[rows, js] = start + np.arange(rows.size)
+        copy[place[rows, js]] = rows * ids.shape[1] + js
+    return {
+        "x": draw(rng, tokens, d_model),
+        "w_in": draw(rng, slots, d_model, parts, hidden, scale=d_model**-0.5),
+        "w_out": draw(rng, slots, hidden, d_model, scale=hidden**-0.5),
+        "scores": rng.random(ids.shape).astype(np.float32) * (ids < slots),
+        "place": place,
+        "copy": copy,
+        "sizes": sizes,
+        "ids": ids,
+    }
+
+
+def activation64(name, h):
+    """Value [H] and derivatives [N, H] of the projections, by JAX in float64."""
+    function = {
+        "swiglu": lambda h: jax.nn.silu(h[0]) * h[1],
+        "geglu": lambda h: jax.nn.gelu(h[0], approximate=True) * h[1],
+        "gelu": lambda h: jax.nn.gelu(h[0], approximate=True),
+        "relu2": lambda h: jax.nn.relu(h[0]) ** 2,
+    }[name]
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        value, pull = jax.vjp(function, jnp.asarray(h))
+        return np.asarray(value), np.asarray(pull(jnp.ones_like(value))[0])
+
+
+def oracle(inputs, ct, name):
+    """The layer and all its gradients, one assignment at a time."""
+    x, w_in, w_out, scores, ct = wide(*(inputs[k] for k in ("x", "w_in", "w_out", "scores")), ct)
+    out, x_ct, w_in_ct, w_out_ct, scores_ct = map(np.zeros_like, (x, x, w_in, w_out, scores))
+    for (r, j), s in np.ndenumerate(inputs["ids"]):
+        if s >= len(w_in):
+            continue
+        a, slope = activation64(name, np.einsum("d,dnh->nh", x[r], w_in[s]))
+        out[r] += scores[r, j] * (a @ w_out[s])
+        a_ct = w_out[s] @ ct[r]
+        scores_ct[r, j] = a @ a_ct
+        h_ct = slope * (scores[r, j] * a_ct)
+        x_ct[r] += np.einsum("nh,dnh->d", h_ct, w_in[s])
+        w_in_ct[s] += np.einsum("d,nh->dnh", x[r], h_ct)
+        w_out_ct[s] += np.outer(scores[r, j] * a, ct[r])
+    return out, (x_ct, w_in_ct, w_out_ct, scores_ct)
+
+
+CASES = {
+    "gated": (dict(slots=3, tokens=40, copies=2, d_model=128, hidden=128, parts=2), "swiglu"),
+    "geglu": (dict(slots=2, tokens=20, copies=2, d_model=128, hidden=64, parts=2), "geglu"),
+    "plain": (dict(slots=2, tokens=30, copies=1, d_model=64, hidden=192, parts=1), "relu2"),
+    "gelu": (dict(slots=1, tokens=9, copies=1, d_model=192, hidden=64, parts=1), "gelu"),
+}
+
+
+@needs_transposes
+@pytest.mark.parametrize("case", CASES)
+def test_fused_experts(rng, case):
+    shapes, name = CASES[case]
+    inputs = layer(rng, **shapes)
+    ct = draw(rng, *inputs["x"].shape)
+
+    def function(x, w_in, w_out, scores, ct):
+        def forward(x, w_in, w_out, scores):
+            maps = (inputs["place"], inputs["copy"], inputs["sizes"])
+            return fused.fused_experts(
+                x, w_in, w_out, scores, *maps, activation=name, backend="mosaic_gpu"
+            )
+
+        out, pull = jax.vjp(forward, x, w_in, w_out, scores)
+        return out, pull(ct)
+
+    args = (inputs["x"], inputs["w_in"], inputs["w_out"], inputs["scores"], ct)
+    out, gradients = run(function, *args)
+    want, wanted = oracle(inputs, ct, name)
+    assert relative_error(out, want) < 5e-3
+    for label, got, expected in zip(("x", "w_in", "w_out", "scores"), gradients, wanted):
+        assert relative_error(got, expected) < 6e-3, label
+    empty = inputs["sizes"] == 0
+    assert not gradients[1][empty].any() and not gradients[2][empty].any()
+
+
+@pytest.mark.parametrize("ids", [[[2]] * 5, [[0]], [[3]] * 4], ids=["one slot", "one row", "none"])
+def test_forward_of_lopsided_assignments(rng, ids):
+    """All rows in one slot, one row, no row at all: 3 slots, id 3 is none."""
+    inputs = layer(
+        rng,
+        slots=3,
+        tokens=len(ids),
+        copies=1,
+        d_model=64,
+        hidden=64,
+        parts=2,
+        ids=np.asarray(ids),
+    )
+    maps = (inputs["place"], inputs["copy"], inputs["sizes"])
+    out = run(
+        lambda *a: fused.fused_experts(*a, *maps, activation="swiglu", backend="mosaic_gpu"),
+        *(inputs[k] for k in ("x", "w_in", "w_out", "scores")),
+    )
+    want = oracle(inputs, inputs["x"], "swiglu")[0]
+    assert np.isfinite(out.astype(np.float32)).all()
+    assert np.linalg.norm(out - want) <= 5e-3 * np.linalg.norm(want)
+
+
+@needs_transposes
+@pytest.mark.parametrize("k,n", [(64, 64), (192, 320), (128, 256)])
+def test_grouped_matmul(rng, k, n):
+    """With empty groups and rows past the last one, which come out zero."""
+    sizes = np.array([0, 128, 0, 256, 0], np.int32)
+    lhs, rhs, ct = draw(rng, 640, k), draw(rng, 5, k, n), draw(rng, 640, n)
+    lhs[384:] = ct[384:] = 0
+
+    def function(lhs, rhs, ct):
+        def product(lhs, rhs):
+            return grouped_matmul(lhs, rhs, sizes, alignment=128, backend="mosaic_gpu")
+
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(ct)
+
+    out, lhs_ct, rhs_ct = run(function, lhs, rhs, ct)
+    lhs, rhs, ct = wide(lhs, rhs, ct)
+    for g, rows in ((1, slice(0, 128)), (3, slice(128, 384))):
+        assert relative_error(out[rows], lhs[rows] @ rhs[g]) < 5e-3
+        assert relative_error(lhs_ct[rows], ct[rows] @ rhs[g].T) < 5e-3
+        assert relative_error(rhs_ct[g], lhs[rows].T @ ct[rows]) < 5e-3
+    assert not rhs_ct[[0, 2, 4]].any() and not out[384:].any() and not lhs_ct[384:].any()
+
+
+def test_gather_out_of_range_is_zero(rng):
+    lhs, rhs = draw(rng, 7, 64), draw(rng, 1, 64, 64)
+    index = rng.integers(0, 7, 128).astype(np.int32)
+    index[[3, 127]] = 7, -1
+    sizes = np.array([128], np.int32)
+
+    def function(lhs, rhs):
+        return mosaic_gpu.grouped_matmul(lhs, rhs, jnp.asarray(sizes), index_M=jnp.asarray(index))
+
+    out = run(function, lhs, rhs)
+    assert not out[[3, 127]].any()
+    keep = (index >= 0) & (index < 7)
+    lhs, rhs = wide(lhs, rhs)
+    assert relative_error(out[keep], lhs[index[keep]] @ rhs[0]) < 5e-3
+
+
+@pytest.mark.parametrize("d_model,hidden,activation", [(2048, 768, "swiglu"), (192, 320, "gelu")])
+def test_lowering_for_cuda(d_model, hidden, activation):
+    """Forward and backward become CUDA programs on a machine without a GPU."""
+    parts = fused.ACTIVATIONS[activation].parts
+    bf16, i32 = jnp.bfloat16, jnp.int32
+    shape = jax.ShapeDtypeStruct
+    args = (
+        shape((1000, d_model), bf16),
+        shape((16, d_model, parts, hidden), bf16),
+        shape((16, hidden, d_model), bf16),
+        shape((1000, 8), jnp.float32),
+        shape((1000, 8), i32),
+        shape((10112,), i32),
+        shape((16,), i32),
+    )
+
+    def loss(x, w_in, w_out, scores, place, copy, sizes):
+        out = fused.fused_experts(
+            x,
+            w_in,
+            w_out,
+            scores,
+            place,
+            copy,
+            sizes,
+            activation=activation,
+            backend="mosaic_gpu",
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+    text = jax.export.export(gradient, platforms=["cuda"])(*args).mlir_module()
+    assert text.count("mosaic_gpu") >= 6
+    assert "multimem" not in text
