@@ -226,3 +226,23 @@ def test_lowering_for_cuda(d_model, hidden, activation):
     text = jax.export.export(gradient, platforms=["cuda"])(*args).mlir_module()
     assert text.count("mosaic_gpu") >= 6
     assert "multimem" not in text
+
+
+@pytest.mark.parametrize("tokens,copies", [(3, 2), (40, 1)])
+def test_few_rows_without_gradient(rng, tokens, copies):
+    """Tiles that are nearly empty are neither loaded nor stored whole."""
+    inputs = layer(rng, slots=2, tokens=tokens, copies=copies, d_model=64, hidden=128, parts=2)
+    maps = (inputs["place"], inputs["copy"], inputs["sizes"])
+    assert inputs["place"].size <= fused.FEW_ROWS * 2
+    out = run(
+        lambda *a: fused.fused_experts(*a, *maps, activation="swiglu", backend="mosaic_gpu"),
+        *(inputs[k] for k in ("x", "w_in", "w_out", "scores")),
+    )
+    want = oracle(inputs, inputs["x"], "swiglu")[0]
+    assert np.linalg.norm(out - want) <= 5e-3 * np.linalg.norm(want)
+
+
+@needs_transposes
+def test_rows_gathered_beforehand(rng, monkeypatch):
+    monkeypatch.setattr(fused, "WIDE", 64)
+    test_fused_experts(rng, "gated")

@@ -28,6 +28,9 @@ BACKENDS = ("mosaic_gpu", "reference")
 ROW_ALIGNMENT = ROWS
 """The multiple of rows to which slots must be padded for the kernels."""
 
+WIDE = 4096  # hidden width from which rows are gathered before the products
+FEW_ROWS = 64  # assignments a slot, on average, up to which tiles are taken to be nearly empty
+
 
 @dataclass(frozen=True)
 class Case:
@@ -76,15 +79,33 @@ def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):
     return jnp.sum(taken_RJD, axis=1).astype(dtype)
 
 
+def _rows_of(x_RD, source_A, hidden):
+    """(rows, their index or None): gathered beforehand where the experts are wide.
+
+    A gather inside of a product costs about a tenth of it, and one beforehand the bytes of its
+    rows, written and read. From this width on the second is less.
+    """
+    if hidden < WIDE:
+        return x_RD, source_A
+    return x_RD.at[source_A].get(mode="fill", fill_value=0), None
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _fused(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation):
-    return _forward(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, False)[0]
+    inputs = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
+    return _forward(*inputs, activation, False)[0]
 
 
 def _forward(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, keep):
-    source_A = copy_A // place_RJ.shape[1]
-    a_AH, h_AM = mosaic_gpu.up(x_RD, w_in, source_A, sizes_S, activation=activation, keep=keep)
-    y_AD = products.grouped_matmul(a_AH, w_out, sizes_S)
+    hidden = w_out.shape[1]
+    wanted_A = None
+    if not keep and place_RJ.size <= FEW_ROWS * sizes_S.shape[0]:
+        wanted_A = copy_A < place_RJ.size
+    rows, index = _rows_of(x_RD, copy_A // place_RJ.shape[1], hidden)
+    a_AH, h_AM = mosaic_gpu.up(
+        rows, w_in, index, sizes_S, activation=activation, keep=keep, wanted_A=wanted_A
+    )
+    y_AD = products.grouped_matmul(a_AH, w_out, sizes_S, wanted_M=wanted_A, name="experts_down")
     return _sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype), h_AM
 
 
@@ -99,13 +120,25 @@ def _fused_bwd(activation, residuals, ct_RD):
     slots, d_model, parts, hidden = w_in.shape
     source_A = copy_A // place_RJ.shape[1]
     scores_A = scores_RJ.reshape(-1).at[copy_A].get(mode="fill", fill_value=0)
+    ct_rows, ct_index = _rows_of(ct_RD, source_A, hidden)
     h_ct, weighted_AH, partial_sums = mosaic_gpu.down_backward(
-        ct_RD, w_out, h_AM, scores_A, source_A, sizes_S, activation=activation
+        ct_rows, w_out, h_AM, scores_A, ct_index, sizes_S, activation=activation
     )
-    w_in_matrix = w_in.reshape(slots, d_model, parts * hidden)
-    x_ct_AD = products.grouped_matmul(h_ct, w_in_matrix, sizes_S, transpose_rhs=True)
-    w_in_ct = products.weights_gradient(x_RD, h_ct, sizes_S, index_M=source_A, gather="lhs")
-    w_out_ct = products.weights_gradient(weighted_AH, ct_RD, sizes_S, index_M=source_A, gather="ct")
+    x_ct_AD = products.grouped_matmul(
+        h_ct,
+        w_in.reshape(slots, d_model, parts * hidden),
+        sizes_S,
+        transpose_rhs=True,
+        name="rows_gradient",
+    )
+    rows, index = _rows_of(x_RD, source_A, hidden)
+    gather_lhs, gather_ct = ("", "") if index is None else ("lhs", "ct")
+    w_in_ct = products.weights_gradient(
+        rows, h_ct, sizes_S, index_M=index, gather=gather_lhs, name="w_in_gradient"
+    )
+    w_out_ct = products.weights_gradient(
+        weighted_AH, ct_rows, sizes_S, index_M=ct_index, gather=gather_ct, name="w_out_gradient"
+    )
     scores_ct_A = jnp.sum(partial_sums, axis=0)
     return (
         _sum_places(x_ct_AD, None, place_RJ, x_RD.dtype),

@@ -27,7 +27,7 @@ from pallas_kernels.hopper.tiles import (
     out_scratch,
     store_strips,
     swizzled,
-    tile_groups,
+    tile_map,
 )
 
 __all__ = ["down_backward", "up"]
@@ -36,22 +36,25 @@ __all__ = ["down_backward", "up"]
 def up(
     x_RD: jax.Array,
     w_in_SDNH: jax.Array,
-    source_A: jax.Array,
+    source_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
     keep: bool,
+    wanted_A: jax.Array | None = None,
     config: RowsConfig | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """act(x[source] @ w_in of the group).
 
     Args:
-        x_RD: bfloat16 token rows.
+        x_RD: bfloat16 token rows; with no `source_A` [A, D], a row for each place.
         w_in_SDNH: bfloat16 input projections; N is 2 for gated activations.
         source_A: int32, the token row of each place; out of range in padding.
         sizes_S: int32, multiples of 128.
         activation: name.
         keep: whether the projections are written too, for the backward.
+        wanted_A: bool, the places that hold a row, the first ones of each slot, where they are
+            few; others may be left unwritten. None: all are written.
         config: sizes; None chooses.
 
     Returns:
@@ -59,38 +62,43 @@ def up(
     """
     act = ACTIVATIONS[activation]
     _, d_model, parts, hidden = w_in_SDNH.shape
-    config = config or choose_config(hidden, parts=parts)
-    places, tile_k = source_A.shape[0], config.tile_k
+    places = x_RD.shape[0] if source_A is None else source_A.shape[0]
+    tiles = 0 if wanted_A is None else places // ROWS
+    config = config or choose_config(hidden, tiles=tiles, parts=parts)
+    tile_k = config.tile_k
     part_n = config.tile_n // parts
 
     def rhs_slice(ref, group, part, n, k):
         return ref.at[group, pl.ds(k * tile_k, tile_k), part, pl.ds(n * part_n, part_n)]
 
-    def finish(accumulators, warpgroup, row, n, refs, scratch):
+    def finish(accumulators, warpgroup, row, wanted, n, refs, scratch):
         column, smem = n * part_n, scratch["out_smem"]
         if keep:
             for part, values in enumerate(accumulators):
                 kept = values.astype(refs[1].dtype)
                 store_strips(kept, refs[1], smem, warpgroup, row, part * hidden + column)
         values = act.value(accumulators).astype(refs[0].dtype)
-        store_strips(values, refs[0], smem, warpgroup, row, column)
+        store_strips(values, refs[0], smem, warpgroup, row, column, wanted)
 
     out_type = [jax.ShapeDtypeStruct((places, hidden), x_RD.dtype)]
     if keep:
         out_type.append(jax.ShapeDtypeStruct((places, parts * hidden), x_RD.dtype))
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(x_RD.dtype)}),
+        name="experts_up",
+        short=wanted_A is not None,
         n_tiles=-(-hidden // part_n),
         k_steps=-(-d_model // tile_k),
         parts=parts,
         rhs_slice=rhs_slice,
         transpose_rhs=False,
-        gather_from=x_RD.shape[0],
+        gather_from=0 if source_A is None else x_RD.shape[0],
         config=config,
         out_type=out_type,
         dtype=x_RD.dtype,
     )
-    out = kernel(*tile_groups(sizes_S, places // ROWS), source_A, x_RD, w_in_SDNH)
+    index = jnp.zeros((1,), jnp.int32) if source_A is None else source_A
+    out = kernel(tile_map(sizes_S, places, wanted_A), index, x_RD, w_in_SDNH)
     return out[0], out[1] if keep else None
 
 
@@ -99,7 +107,7 @@ def down_backward(
     w_out_SHD: jax.Array,
     h_AM: jax.Array,
     scores_A: jax.Array,
-    source_A: jax.Array,
+    source_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
@@ -108,7 +116,7 @@ def down_backward(
     """From the cotangent of the layer's output to those of the input projections.
 
     Args:
-        ct_RD: bfloat16 cotangents of the token rows' sums.
+        ct_RD: bfloat16 cotangents of the token rows' sums; with no `source_A` [A, D].
         w_out_SHD: bfloat16 output projections.
         h_AM: bfloat16 input projections [A, N·H] kept by `up`.
         scores_A: float32, the weight of each place; 0 in padding.
@@ -124,7 +132,7 @@ def down_backward(
     act = ACTIVATIONS[activation]
     _, hidden, d_model = w_out_SHD.shape
     config = config or choose_config(hidden, stages=3)
-    places, tile_n, tile_k = source_A.shape[0], config.tile_n, config.tile_k
+    places, tile_n, tile_k = h_AM.shape[0], config.tile_n, config.tile_k
     strips, n_tiles = tile_n // STRIP, -(-hidden // tile_n)
     dtype = ct_RD.dtype
 
@@ -147,7 +155,7 @@ def down_backward(
         for strip in range(min(2, strips)):
             fetch(strip, warpgroup, row, n, refs, scratch)
 
-    def finish(accumulators, warpgroup, row, n, refs, scratch):
+    def finish(accumulators, warpgroup, row, _wanted, n, refs, scratch):
         _, scores, h_ct, weighted, score_ct = refs
         h_smem, out_smem = scratch["h_smem"], scratch["out_smem"]
         reduced = plgpu.Layout.WGMMA.reduce(1)
@@ -189,12 +197,13 @@ def down_backward(
     }
     kernel = rows_kernel(
         Epilogue(finish, scratch, begin),
+        name="experts_down_backward",
         n_tiles=n_tiles,
         k_steps=-(-d_model // tile_k),
         parts=1,
         rhs_slice=rhs_slice,
         transpose_rhs=True,
-        gather_from=ct_RD.shape[0],
+        gather_from=0 if source_A is None else ct_RD.shape[0],
         config=config,
         out_type=[
             jax.ShapeDtypeStruct((places, act.parts * hidden), dtype),
@@ -203,5 +212,5 @@ def down_backward(
         ],
         dtype=dtype,
     )
-    tile_map = tile_groups(sizes_S, places // ROWS)
-    return tuple(kernel(*tile_map, source_A, ct_RD, w_out_SHD, h_AM, scores_A))
+    index = jnp.zeros((1,), jnp.int32) if source_A is None else source_A
+    return tuple(kernel(tile_map(sizes_S, places), index, ct_RD, w_out_SHD, h_AM, scores_A))

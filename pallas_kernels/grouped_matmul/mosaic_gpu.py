@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.config import RowsConfig, choose_config
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
-from pallas_kernels.hopper.tiles import ROWS, out_scratch, store_strips, tile_groups
+from pallas_kernels.hopper.tiles import ROWS, out_scratch, store_strips, tile_map
 from pallas_kernels.hopper.weights import weights_kernel
 
 __all__ = ["grouped_matmul", "weights_gradient"]
@@ -23,6 +23,8 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     index_M: jax.Array | None = None,
+    wanted_M: jax.Array | None = None,
+    name: str = "grouped_matmul",
     config: RowsConfig | None = None,
 ) -> jax.Array:
     """out[m] = lhs[m] @ rhs[group of m].
@@ -32,6 +34,9 @@ def grouped_matmul(
         rhs_GKN: bfloat16, one matrix for each group; [G, N, K] with `transpose_rhs`.
         group_sizes_G: int32, multiples of 128.
         index_M: int32, the row of lhs of each row; out of range is a row of zeros.
+        wanted_M: bool, the rows that are wanted, the first ones of each group, where they are few;
+            others may be left unwritten. None: all.
+        name: of the kernel, in profiles.
         config: sizes; None chooses.
 
     Returns:
@@ -40,20 +45,23 @@ def grouped_matmul(
     contraction = lhs_MK.shape[1]
     rows = lhs_MK.shape[0] if index_M is None else index_M.shape[0]
     columns = rhs_GKN.shape[1 if transpose_rhs else 2]
-    config = config or choose_config(columns)
+    tiles = 0 if wanted_M is None else rows // ROWS
+    config = config or choose_config(columns, tiles=tiles)
     tile_n, tile_k = config.tile_n, config.tile_k
 
     def rhs_slice(ref, group, part, n, k):
         along_n, along_k = pl.ds(n * tile_n, tile_n), pl.ds(k * tile_k, tile_k)
         return ref.at[group, along_n, along_k] if transpose_rhs else ref.at[group, along_k, along_n]
 
-    def finish(accumulators, warpgroup, row, n, refs, scratch):
+    def finish(accumulators, warpgroup, row, wanted, n, refs, scratch):
         (out,) = refs
         values = accumulators[0].astype(out.dtype)
-        store_strips(values, out, scratch["out_smem"], warpgroup, row, n * tile_n)
+        store_strips(values, out, scratch["out_smem"], warpgroup, row, n * tile_n, wanted)
 
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(lhs_MK.dtype)}),
+        name=name,
+        short=wanted_M is not None,
         n_tiles=-(-columns // tile_n),
         k_steps=-(-contraction // tile_k),
         parts=1,
@@ -64,9 +72,8 @@ def grouped_matmul(
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    tile_map = tile_groups(group_sizes_G, rows // ROWS)
     index = jnp.zeros((1,), jnp.int32) if index_M is None else index_M
-    return kernel(*tile_map, index, lhs_MK, rhs_GKN)
+    return kernel(tile_map(group_sizes_G, rows, wanted_M), index, lhs_MK, rhs_GKN)
 
 
 def weights_gradient(
@@ -76,6 +83,7 @@ def weights_gradient(
     *,
     index_M: jax.Array | None = None,
     gather: str = "",
+    name: str = "weights_gradient",
     dtype: Any = None,
     config: RowsConfig | None = None,
 ) -> jax.Array:
@@ -86,6 +94,7 @@ def weights_gradient(
         group_sizes_G: int32, multiples of `tile_k`.
         index_M: int32, the row of the gathered operand of each row; out of range is zeros.
         gather: the operand whose rows `index_M` picks, "lhs" or "ct"; or neither.
+        name: of the kernel, in profiles.
         dtype: of the result; None takes lhs's.
         config: sizes; None chooses.
 
@@ -95,6 +104,7 @@ def weights_gradient(
     config = config or choose_config(ct_MN.shape[1], band=32)
     groups, (m, n) = group_sizes_G.shape[0], (lhs_MK.shape[1], ct_MN.shape[1])
     kernel = weights_kernel(
+        name=name,
         groups=groups,
         m_tiles=-(-m // ROWS),
         n_tiles=-(-n // config.tile_n),

@@ -38,16 +38,29 @@ class RowsConfig:
 
 
 def choose_config(
-    columns: int, *, parts: int = 1, stages: int = 4, band: int = 4, reserve_sms: int = 0
+    columns: int,
+    *,
+    tiles: int = 0,
+    parts: int = 1,
+    stages: int = 4,
+    band: int = 4,
+    reserve_sms: int = 0,
 ) -> RowsConfig:
     """A good cut for a product.
 
     Args:
         columns: of a part, a multiple of 64.
+        tiles: row tiles; 0: so many that all multiprocessors have work whatever the width.
         parts: accumulators side by side, at most 256 columns together.
         stages, band: see `RowsConfig`.
         reserve_sms: streaming multiprocessors to leave free, for communication.
     """
-    fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= 256]
     sms = max(1, sm_count() - reserve_sms)
-    return RowsConfig(tile_n=parts * fitting[0], sms=sms, stages=stages, band=band)
+
+    def rounds(width: int) -> int:
+        """Columns that the busiest multiprocessor goes through."""
+        return -(-tiles * (columns // width) // sms) * width
+
+    fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= 256]
+    width = min(fitting, key=lambda w: (rounds(w), -w))
+    return RowsConfig(tile_n=parts * width, sms=sms, stages=stages, band=band)

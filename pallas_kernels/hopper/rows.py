@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
@@ -19,7 +21,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import COMPILER_PARAMS, interpret_mode, transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import finish_gathers, start_gather
-from pallas_kernels.hopper.tiles import COMPUTE, HALF, ROWS, place_in_bands, swizzled
+from pallas_kernels.hopper.tiles import (
+    COMPUTE,
+    FEW,
+    HALF,
+    ROWS,
+    TileMap,
+    place_in_bands,
+    swizzled,
+)
 
 __all__ = ["COMPUTE_REGISTERS", "LOAD_REGISTERS", "Epilogue", "rows_kernel"]
 
@@ -30,9 +40,10 @@ LOAD_REGISTERS, COMPUTE_REGISTERS = 56, 224  # of a thread; 2 · 224 + 56 fit in
 class Epilogue:
     """What becomes of the accumulators of a warpgroup's 64 rows.
 
-    finish: (accumulators, warpgroup, first row, column tile, refs, scratch).
+    finish: (accumulators, warpgroup, first row, wanted rows or None for all, column tile, refs,
+        scratch).
     scratch: shared memory and barriers by name.
-    begin: likewise without accumulators, before the products; starts loads.
+    begin: (warpgroup, first row, column tile, refs, scratch), before the products; starts loads.
     """
 
     finish: Callable[..., None]
@@ -43,6 +54,7 @@ class Epilogue:
 def rows_kernel(
     epilogue: Epilogue,
     *,
+    name: str,
     n_tiles: int,
     k_steps: int,
     parts: int,
@@ -51,12 +63,14 @@ def rows_kernel(
     gather_from: int,
     config: RowsConfig,
     out_type: Any,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any,
+    short: bool = False,
 ) -> Callable[..., Any]:
-    """Builds a kernel `f(tile_group, num_tiles, index, lhs, rhs, *extra) -> out`.
+    """Builds a kernel `f(tile_map, index, lhs, rhs, *extra) -> out`.
 
     Args:
         epilogue: what is done with a tile.
+        name: of the kernel, in profiles.
         n_tiles: tiles along the columns.
         k_steps: steps of `tile_k` along the contraction.
         parts: accumulators; each has tile_n / parts columns and its own slice of rhs.
@@ -66,13 +80,14 @@ def rows_kernel(
         config: sizes.
         out_type: of the outputs.
         dtype: of the operands.
+        short: most tiles want few rows: others are not loaded and not stored.
     """
     part_n, tile_k, stages = config.tile_n // parts, config.tile_k, config.stages
     rhs_shape = (part_n, tile_k) if transpose_rhs else (tile_k, part_n)
     interpret = interpret_mode()
     interpreted = interpret is not None
 
-    def body(tile_group, num_tiles, index, lhs, rhs, *refs_and_scratch):
+    def body(tile_group, tile_rows, num_tiles, index, lhs, rhs, *refs_and_scratch):
         *refs, scratch = refs_and_scratch
         lhs_smem, rhs_smem, full, empty = (
             scratch[name] for name in ("lhs_smem", "rhs_smem", "full", "empty")
@@ -82,6 +97,18 @@ def rows_kernel(
         tiles_m = num_tiles[0]
         mine = lax.div(tiles_m * n_tiles - sm + (config.sms - 1), config.sms)
         steps = mine * k_steps
+
+        def load_rows(m, wanted, along, target, barrier):
+            def load_first(count):
+                source = lhs.at[pl.ds(m * ROWS, count), along]
+                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(0, count)], barrier)
+
+            if not short:
+                load_first(ROWS)
+                return
+            pl.when(wanted <= FEW)(partial(load_first, FEW))
+            pl.when((wanted > FEW) & (wanted <= HALF))(partial(load_first, HALF))
+            pl.when(wanted > HALF)(partial(load_first, ROWS))
 
         def place(i):
             return place_in_bands(sm + i * config.sms, tiles_m, n_tiles, config.band)
@@ -113,9 +140,8 @@ def rows_kernel(
                         source = rhs_slice(rhs, group, part, n, k)
                         plgpu.copy_gmem_to_smem(source, rhs_smem.at[slot, part], full.at[slot])
                     if not gather_from:
-                        rows = pl.ds(m * ROWS, ROWS)
-                        source = lhs.at[rows, pl.ds(k * tile_k, tile_k)]
-                        plgpu.copy_gmem_to_smem(source, lhs_smem.at[slot], full.at[slot])
+                        along = pl.ds(k * tile_k, tile_k)
+                        load_rows(m, tile_rows[m], along, lhs_smem.at[slot], full.at[slot])
                         return
                     start_gather(
                         lhs,
@@ -181,7 +207,8 @@ def rows_kernel(
                 accumulators = pl.run_scoped(
                     products, *(plgpu.ACC((HALF, part_n), jnp.float32) for _ in range(parts))
                 )
-                epilogue.finish(accumulators, warpgroup, row, n, refs, scratch)
+                wanted = tile_rows[m] - warpgroup * HALF if short else None
+                epilogue.finish(accumulators, warpgroup, row, wanted, n, refs, scratch)
 
             lax.fori_loop(0, mine, tile, None)
             plgpu.wait_smem_to_gmem(0)
@@ -194,7 +221,8 @@ def rows_kernel(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         **epilogue.scratch,
     }
-    return plgpu.kernel(
+    body.__name__ = name
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=[scratch_types],
@@ -205,3 +233,8 @@ def rows_kernel(
         compiler_params=COMPILER_PARAMS,
         **({} if interpret is None else {"interpret": interpret}),
     )
+
+    def call(tiles: TileMap, *arrays: jax.Array) -> Any:
+        return kernel(tiles.group, tiles.rows, tiles.count, *arrays)
+
+    return call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,36 +14,57 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
     "COMPUTE",
+    "FEW",
     "HALF",
     "ROWS",
     "STRIP",
+    "TileMap",
     "out_scratch",
     "place_in_bands",
     "store_strips",
     "swizzled",
-    "tile_groups",
+    "tile_map",
 ]
 
 COMPUTE = 2  # warpgroups that multiply; one more loads
 HALF = 64  # rows of a tile for each of them
 ROWS = COMPUTE * HALF  # rows of a tile
 STRIP = 64  # columns that are stored at a time
+FEW = 16  # rows of a tile that is nearly empty
 
 
-def tile_groups(group_sizes_G: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
-    """The group of each tile of `ROWS` rows, and the number of tiles.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TileMap:
+    """What the tiles of `ROWS` rows hold.
+
+    group: int32 [tiles]; tiles past the last take the last group.
+    rows: int32 [tiles], how many of a tile's rows are wanted, its first ones.
+    count: int32 [1], the number of tiles.
+    """
+
+    group: jax.Array
+    rows: jax.Array
+    count: jax.Array
+
+
+def tile_map(group_sizes_G: jax.Array, places: int, wanted_A: jax.Array | None = None) -> TileMap:
+    """Makes the list of tiles.
 
     Args:
         group_sizes_G: int32, multiples of `ROWS`.
-        tiles: length of the list, at least the sum over `ROWS`.
-
-    Returns:
-        int32 [tiles], where tiles past the last take the last group; int32 [1].
+        places: A, a multiple of `ROWS`, at least the sum.
+        wanted_A: bool, the first ones of each group; None: all.
     """
+    tiles = places // ROWS
     ends_G = jnp.cumsum(group_sizes_G) // ROWS
     index = jnp.arange(tiles, dtype=jnp.int32)
     group = jnp.sum(index[:, None] >= ends_G[None, :], axis=1, dtype=jnp.int32)
-    return jnp.minimum(group, group_sizes_G.shape[0] - 1), ends_G[-1:].astype(jnp.int32)
+    group = jnp.minimum(group, group_sizes_G.shape[0] - 1)
+    rows = jnp.full((tiles,), ROWS, jnp.int32)
+    if wanted_A is not None:
+        rows = jnp.sum(wanted_A.reshape(tiles, ROWS), axis=1, dtype=jnp.int32)
+    return TileMap(group, rows, ends_G[-1:].astype(jnp.int32))
 
 
 def place_in_bands(index: Any, rows: Any, columns: int, height: int) -> tuple[Any, Any]:
@@ -68,7 +91,7 @@ def out_scratch(dtype: Any, slots: int = 2) -> Any:
 
 
 def store_strips(
-    values: Any, out: Any, out_smem: Any, warpgroup: Any, row: Any, column: Any
+    values: Any, out: Any, out_smem: Any, warpgroup: Any, row: Any, column: Any, wanted: Any = None
 ) -> None:
     """Writes a warpgroup's [64, C] values to out[row:, column:] by TMA, a strip at a time.
 
@@ -77,6 +100,7 @@ def store_strips(
         out: [rows, columns] in global memory.
         out_smem: of `out_scratch` with two slots.
         warpgroup, row, column: whose, and where to.
+        wanted: rows that must be written, the first ones, maybe none; others may be. None: all.
     """
     for strip in range(values.shape[1] // STRIP):
         along = slice(strip * STRIP, (strip + 1) * STRIP)
@@ -84,5 +108,14 @@ def store_strips(
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         buffer[...] = values[:, along]
         plgpu.commit_smem()
-        target = out.at[pl.ds(row, HALF), pl.ds(column + strip * STRIP, STRIP)]
-        plgpu.copy_smem_to_gmem(buffer, target)
+        columns = pl.ds(column + strip * STRIP, STRIP)
+
+        def store(count: int, buffer: Any = buffer, columns: Any = columns) -> None:
+            target = out.at[pl.ds(row, count), columns]
+            plgpu.copy_smem_to_gmem(buffer.at[pl.ds(0, count)], target)
+
+        if wanted is None:
+            store(HALF)
+        else:
+            pl.when((wanted > 0) & (wanted <= FEW))(partial(store, FEW))
+            pl.when(wanted > FEW)(partial(store, HALF))

@@ -34,6 +34,7 @@ __all__ = ["weights_kernel"]
 
 def weights_kernel(
     *,
+    name: str,
     groups: int,
     m_tiles: int,
     n_tiles: int,
@@ -41,11 +42,12 @@ def weights_kernel(
     gather_rhs: int,
     config: RowsConfig,
     out_type: Any,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any,
 ) -> Callable[..., Any]:
     """Builds a kernel `f(first_step, index, lhs, rhs) -> out`, out [G · M, N].
 
     Args:
+        name: of the kernel, in profiles.
         groups: G.
         m_tiles, n_tiles: tiles of a matrix, 128 rows and `tile_n` columns each.
         gather_lhs, gather_rhs: rows of the operand that `index` picks, or 0; at most one.
@@ -187,6 +189,7 @@ def weights_kernel(
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
     }
+    body.__name__ = name
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -72,7 +72,10 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _kernel(body: Any, tiles: int, out_type: Any, scratch_types: Any, params: Any) -> Any:
+def _kernel(
+    body: Any, name: str, tiles: int, out_type: Any, scratch_types: Any, params: Any
+) -> Any:
+    body.__name__ = name  # in profiles
     interpret = interpret_mode()
     return plgpu.kernel(
         body,
@@ -127,7 +130,7 @@ def top_k(scores_TE: jax.Array, k: int) -> jax.Array:
         out[at] = lax.fori_loop(0, k, take, (key, ids))[1]
 
     out_type = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    ids = _kernel(body, -(-rows // ROWS), out_type, [], COMPILER_PARAMS)(scores_TE)
+    ids = _kernel(body, "top_k", -(-rows // ROWS), out_type, [], COMPILER_PARAMS)(scores_TE)
     return ids[:tokens, :k]
 
 
@@ -199,7 +202,7 @@ def _ranks(ids_RJ: jax.Array, copies: int, groups: int) -> Any:
         jax.ShapeDtypeStruct((tiles, groups), float32),
     ]
     params = replace(COMPILER_PARAMS, reduction_scratch_bytes=128 * chunk)  # one pass for counts
-    return _kernel(body, tiles, out_type, [scratch], params)(ids_RJ)
+    return _kernel(body, "sorted_places", tiles, out_type, [scratch], params)(ids_RJ)
 
 
 def _sums_before(counts_NG: jax.Array) -> tuple[jax.Array, jax.Array]:
