@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 EXTRAS ?= dev# e.g. make train EXTRAS=dev,cuda13
 
-.PHONY: help setup train infer test test-slow test-all check format clean
+.PHONY: help setup train infer test test-slow test-all test-gpu check format clean
 
 help:
 	@echo "make train     set up, then train the tiny preset on 8 fake CPU devices (at most 5 minutes)"
@@ -43,6 +43,9 @@ test-all: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest --gpu tests/test_hopper_kernels.py tests/test_route_kernels.py $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

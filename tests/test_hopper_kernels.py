@@ -1,7 +1,6 @@
 """The Hopper kernels: interpreted on a CPU against float64 numpy, and lowered for CUDA.
 
-On a GPU of capability 9.0 the same tests run the compiled kernels (`pytest -m gpu`, see
-CONTRIBUTING.md), at the shapes of real layers too.
+On a GPU of capability 9.0 the same tests run the compiled kernels (`make test-gpu`).
 """
 
 from contextlib import nullcontext

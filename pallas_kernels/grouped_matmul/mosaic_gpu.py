@@ -101,12 +101,16 @@ def weights_gradient(
     Returns:
         [G, K, N], accumulated in float32.
     """
-    config = config or choose_config(ct_MN.shape[1], band=32)
+    # What is gathered is the narrow side of a tile: TMA costs the loading threads nothing.
+    tile_m = 2 * ROWS if gather == "ct" else ROWS
+    widest = 128 if gather == "ct" else 256
+    config = config or choose_config(ct_MN.shape[1], widest=widest, band=32)
     groups, (m, n) = group_sizes_G.shape[0], (lhs_MK.shape[1], ct_MN.shape[1])
     kernel = weights_kernel(
         name=name,
         groups=groups,
-        m_tiles=-(-m // ROWS),
+        tile_m=tile_m,
+        m_tiles=-(-m // tile_m),
         n_tiles=-(-n // config.tile_n),
         gather_lhs=lhs_MK.shape[0] if gather == "lhs" else 0,
         gather_rhs=ct_MN.shape[0] if gather == "ct" else 0,

@@ -9,6 +9,7 @@ from pallas_kernels.hopper.compat import sm_count
 __all__ = ["RowsConfig", "choose_config"]
 
 _WIDTHS = (256, 192, 128, 64)  # of a part, widest first: fewer bytes from L2 for each operation
+_TILE_COST = 24  # of a tile besides its columns, in columns
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def choose_config(
     *,
     tiles: int = 0,
     parts: int = 1,
+    widest: int = 256,
     stages: int = 4,
     band: int = 4,
     reserve_sms: int = 0,
@@ -51,16 +53,17 @@ def choose_config(
     Args:
         columns: of a part, a multiple of 64.
         tiles: row tiles; 0: so many that all multiprocessors have work whatever the width.
-        parts: accumulators side by side, at most 256 columns together.
+        parts: accumulators side by side.
+        widest: most columns of all parts together.
         stages, band: see `RowsConfig`.
         reserve_sms: streaming multiprocessors to leave free, for communication.
     """
     sms = max(1, sm_count() - reserve_sms)
 
     def rounds(width: int) -> int:
-        """Columns that the busiest multiprocessor goes through."""
-        return -(-tiles * (columns // width) // sms) * width
+        """Time of the busiest multiprocessor, in columns; a tile costs some whatever its width."""
+        return -(-tiles * (columns // width) // sms) * (width + _TILE_COST)
 
-    fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= 256]
+    fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= widest]
     width = min(fitting, key=lambda w: (rounds(w), -w))
     return RowsConfig(tile_n=parts * width, sms=sms, stages=stages, band=band)

@@ -22,7 +22,6 @@ from pallas_kernels.hopper.rows import COMPUTE_REGISTERS, LOAD_REGISTERS
 from pallas_kernels.hopper.tiles import (
     COMPUTE,
     HALF,
-    ROWS,
     out_scratch,
     place_in_bands,
     store_strips,
@@ -36,6 +35,7 @@ def weights_kernel(
     *,
     name: str,
     groups: int,
+    tile_m: int,
     m_tiles: int,
     n_tiles: int,
     gather_lhs: int,
@@ -49,7 +49,8 @@ def weights_kernel(
     Args:
         name: of the kernel, in profiles.
         groups: G.
-        m_tiles, n_tiles: tiles of a matrix, 128 rows and `tile_n` columns each.
+        tile_m: rows of a tile, 128 or 256; with 256, `tile_n` is at most 128.
+        m_tiles, n_tiles: tiles of a matrix, `tile_m` rows and `tile_n` columns each.
         gather_lhs, gather_rhs: rows of the operand that `index` picks, or 0; at most one.
         config: sizes; `tile_k` rows of a group are a step.
         out_type: [G, M, N].
@@ -58,6 +59,7 @@ def weights_kernel(
     The kernel's `first_step` is int32 [G + 1]: where each group begins, in steps.
     """
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
+    share = tile_m // COMPUTE  # rows of a warpgroup
     interpret = interpret_mode()
     interpreted = interpret is not None
     gather = gather_lhs or gather_rhs
@@ -117,7 +119,7 @@ def weights_kernel(
                         plgpu.barrier_wait(empty.at[slot])
 
                     bar = full.at[slot]
-                    fetch(lhs, gather_lhs, m * ROWS, first + k, lhs_smem.at[slot], bar)
+                    fetch(lhs, gather_lhs, m * tile_m, first + k, lhs_smem.at[slot], bar)
                     fetch(rhs, gather_rhs, n * tile_n, first + k, rhs_smem.at[slot], bar)
 
                 lax.fori_loop(0, count, step, None)
@@ -150,7 +152,7 @@ def weights_kernel(
                         at = done + k
                         slot = lax.rem(at, stages)
                         plgpu.barrier_wait(full.at[slot])
-                        columns = lhs_smem.at[slot, :, pl.ds(warpgroup * HALF, HALF)]
+                        columns = lhs_smem.at[slot, :, pl.ds(warpgroup * share, share)]
                         plgpu.wgmma(accumulator, transposed(columns), rhs_smem.at[slot])
                         return at
 
@@ -168,22 +170,19 @@ def weights_kernel(
 
                     return accumulator[...]
 
-                values = pl.run_scoped(products, plgpu.ACC((HALF, tile_n), jnp.float32))
-                store_strips(
-                    values.astype(out.dtype),
-                    out.at[group],
-                    out_smem,
-                    warpgroup,
-                    m * ROWS + warpgroup * HALF,
-                    n * tile_n,
-                )
+                values = pl.run_scoped(products, plgpu.ACC((share, tile_n), jnp.float32))
+                values = values.astype(out.dtype)
+                for half in range(share // HALF):
+                    row = m * tile_m + warpgroup * share + half * HALF
+                    rows = values[half * HALF : (half + 1) * HALF]
+                    store_strips(rows, out.at[group], out_smem, warpgroup, row, n * tile_n)
                 return done + count
 
             lax.fori_loop(0, mine, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     scratch_types = {
-        "lhs_smem": plgpu.SMEM((stages, tile_k, ROWS), dtype, transforms=swizzled(dtype)),
+        "lhs_smem": plgpu.SMEM((stages, tile_k, tile_m), dtype, transforms=swizzled(dtype)),
         "rhs_smem": plgpu.SMEM((stages, tile_k, tile_n), dtype, transforms=swizzled(dtype)),
         "out_smem": out_scratch(out_type.dtype),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
