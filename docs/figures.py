@@ -35,6 +35,21 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "dtype": ("computed in", str),
 }
 """Heading and format of each measure, in the order of the columns; others are not shown."""
+PREFILL = {
+    "mixtral_8x7b": "650 / 650",
+    "qwen3_30b_a3b": "550 / 470",
+    "sonic_fine": "590 / 580",
+}
+"""Shapes of the layer benchmark and the aims: TFLOP/s, fwd / fwd+bwd."""
+DECODE = {
+    "mixtral_b1": "0.26",
+    "mixtral_b16": "1.02",
+    "mixtral_b64": "1.02",
+    "qwen3_b16": "0.28",
+    "qwen3_b256": "0.44",
+}
+"""Likewise of decoding, ms."""
+KERNELS_PICTURE = "img/expert_kernels.svg"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -43,21 +58,36 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def load(name: str) -> dict[str, Any] | None:
+    """benchmarks/results/NAME.json, if it is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def source(result: dict[str, Any], name: str) -> str:
+    """Where figures come from."""
+    made = f"{result['device']}, jax {result['jax']}, commit {result['commit']}"
+    return f"`{result['command']}` on {made} (benchmarks/results/{name}.json).\n"
+
+
+def missing(name: str, what: str = "") -> str:
+    """In the place of figures that are not there."""
+    return f"*Not measured yet: benchmarks/results/{name}.json {what or 'is not there'}.*\n"
+
+
 def measured(name: str) -> str:
     """The rows of benchmarks/results/NAME.json, and where they come from."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        return f"*Not measured yet: benchmarks/results/{name}.json is not there.*\n"
-    result = json.loads(path.read_text())
+    result = load(name)
+    if result is None:
+        return missing(name)
     rows = result["rows"]
     columns = [key for key in FORMATS if any(key in row for row in rows)]
     cells = [
         ["" if row.get(key) is None else FORMATS[key][1](row[key]) for key in columns]
         for row in rows
     ]
-    source = f"{result['device']}, jax {result['jax']}, commit {result['commit']}"
     body = table([FORMATS[key][0] for key in columns], cells)
-    return f"{body}\n`{result['command']}` on {source} (benchmarks/results/{name}.json).\n"
+    return f"{body}\n{source(result, name)}"
 
 
 def presets() -> str:
@@ -129,12 +159,100 @@ def reference_curve() -> str:
     return table(("step", "bits/byte"), pairs)
 
 
+def expert_layer(routing: str) -> str:
+    """One MoE layer in every implementation: TFLOP/s of prefill, ms of decode."""
+    name = "expert_layer_h100"
+    result = load(name)
+    if result is None:
+        return missing(name)
+    rows = [row for row in result["rows"] if row["routing"] == routing]
+    if not rows:
+        return missing(name, f"has no rows of {routing} routing")
+    found = {(row["impl"], row["shape"], row["pass"]): row for row in rows}
+
+    def cell(impl: str, shape: str, which: str, key: str, form: str) -> str:
+        value = found.get((impl, shape, which), {}).get(key)
+        return "–" if value is None else format(value, form)
+
+    body = []
+    for impl in dict.fromkeys(row["impl"] for row in rows):
+        body.append([f"`{impl}`"])
+        for shape in PREFILL:
+            rates = [cell(impl, shape, which, "tflops", ".0f") for which in ("fwd", "fwdbwd")]
+            body[-1].append(" / ".join(rates))
+        body[-1] += [cell(impl, shape, "fwd", "ms", ".3f") for shape in DECODE]
+    if routing == "uniform":
+        body.append(["*aim*", *PREFILL.values(), *DECODE.values()])
+    headings = [*PREFILL, *(f"{shape}, ms" for shape in DECODE)]
+    return table(["implementation", *headings], body) + "\n" + source(result, name)
+
+
+def expert_kernels() -> str:
+    """The layer kernel by kernel, predicted and measured, and its picture."""
+    name = "expert_kernels_h100"
+    result = load(name)
+    if result is None:
+        return missing(name)
+    parts = []
+    for title, which, shapes, digits, scale in (
+        ("Forward, ms", "fwd", PREFILL, 2, 1.0),
+        ("Forward and backward, ms", "fwdbwd", PREFILL, 2, 1.0),
+        ("Decode (forward), µs", "fwd", DECODE, 1, 1e3),
+    ):
+        rows = [r for r in result["rows"] if r["pass"] == which and r["shape"] in shapes]
+        if rows:
+            parts.append(f"{title}:\n\n{_kernel_table(rows, digits, scale)}\n")
+    if (ROOT / "docs" / KERNELS_PICTURE).is_file():
+        parts.append(f"![Predicted and measured time of each kernel]({KERNELS_PICTURE})\n\n")
+    return "".join(parts) + source(result, name)
+
+
+def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
+    """A row for each kernel, for each shape predicted / measured (TFLOP/s)."""
+    found = {(row["kernel"], row["shape"]): row for row in rows}
+    # The classes that are not predicted come last, whatever shape has them.
+    order = sorted(rows, key=lambda row: (row["predicted_ms"] is None, row["kernel"] == "other"))
+    kernels = dict.fromkeys(row["kernel"] for row in order)
+    shapes = dict.fromkeys(row["shape"] for row in rows)
+
+    def number(value: float | None) -> str:
+        if value is None:
+            return "–"
+        least = 10.0**-digits
+        return f"<{least:g}" if value * scale < least / 2 else f"{value * scale:.{digits}f}"
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        rate = "" if row["tflops"] is None or scale != 1.0 else f" ({row['tflops']:.0f})"
+        return f"{number(row['predicted_ms'])} / {number(row['ms'])}{rate}"
+
+    body = []
+    for kernel in kernels:
+        of_kernel = [found.get((kernel, shape)) for shape in shapes]
+        bounds = dict.fromkeys(row["bound"] for row in of_kernel if row and row["bound"])
+        title = kernel if " " in kernel or kernel == "other" else f"`{kernel}`"
+        body.append([title, ", ".join(bounds), *map(cell, of_kernel)])
+    totals = []
+    for shape in shapes:
+        of_shape = [row for row in rows if row["shape"] == shape]
+        predicted = sum(row["predicted_ms"] or 0.0 for row in of_shape)
+        all_there = any(row["ms"] is not None for row in of_shape)
+        ms = sum(row["ms"] or 0.0 for row in of_shape) if all_there else None
+        totals.append(f"{number(predicted)} / {number(ms)}")
+    body.append(["**sum**", "", *totals])
+    return table(["kernel", "bound by", *shapes], body)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu_default": lambda: measured("cpu_default"),
     "reference_model": lambda: measured("reference_model"),
     "presets": presets,
     "exchange": exchange,
     "reference_curve": reference_curve,
+    "expert_layer": lambda: expert_layer("uniform"),
+    "expert_layer_zipf": lambda: expert_layer("zipf"),
+    "expert_kernels": expert_kernels,
 }
 
 

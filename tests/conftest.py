@@ -6,21 +6,20 @@ With `--gpu` the devices are those of the machine, for the tests of kernels.
 import os
 import sys
 
-ON_GPU = "--gpu" in sys.argv  # before jax is imported, so before options are parsed
-
-if not ON_GPU:
-    # Compiling takes most of the time: LLVM need not try hard, XLA's own passes stay as they are.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
-        " --xla_backend_optimization_level=0"
-        " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-        " --xla_cpu_collective_timeout_seconds=300"
-    )
+# Compiling takes most of the time: LLVM need not try hard, XLA's own passes stay as they are.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_backend_optimization_level=0"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    " --xla_cpu_collective_timeout_seconds=300"
+    if "--gpu" not in sys.argv
+    else ""
+)
 
 import jax
 import numpy as np
 import pytest
 
-if not ON_GPU:
+if "--gpu" not in sys.argv:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
