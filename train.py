@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> None:
     import jax
 
     from moejax.data.prefetch import Prefetcher
+    from moejax.experts import explain_experts
     from moejax.model.attention import choose_attention
     from moejax.training.checkpoint import Checkpoints
     from moejax.training.evaluate import Evaluator
@@ -89,6 +90,10 @@ def train(config: TrainConfig) -> None:
         Interrupt() as stop,
     ):
         say(f"{shape} on {device.device_kind}; run directory {run.path}")
+        if device.platform != "cpu":
+            model = config.model
+            experts, dtype = model.moe.experts, model.compute_dtype
+            say(explain_experts(model.d_model, experts, tensor=shape.tensor, dtype=dtype))
         resuming = run.check_config(config, FIXED)
         text = prepare_text(config, run.load_tokenizer() if resuming else None)
         say(describe_text(text.record))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
@@ -23,7 +24,7 @@ from pallas_kernels.route.api import sorted_places
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
-__all__ = ["ExpertBank", "ExpertWeights", "run_experts"]
+__all__ = ["ExpertBank", "ExpertWeights", "explain_experts", "run_experts"]
 
 
 @jax.tree_util.register_dataclass
@@ -132,6 +133,22 @@ def _sorted_layout(
     return RowMap(place_RJ, copy_A), sizes_S
 
 
+def _case(d_model: int, hidden: int, config: ExpertsConfig, dtype: Any) -> fused.Case:
+    return fused.Case(d_model, hidden, config.activation, dtype, bias=config.bias)
+
+
+def explain_experts(d_model: int, config: ExpertsConfig, *, tensor: int, dtype: Any) -> str:
+    """One line: what computes the experts on the default device, and why not something faster.
+
+    Args:
+        d_model: D.
+        config: what an expert computes.
+        tensor: devices that its hidden width is split over.
+        dtype: of the products.
+    """
+    return fused.explain(_case(d_model, config.hidden // tensor, config, dtype))
+
+
 def run_experts(
     rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
 ) -> jax.Array:
@@ -149,8 +166,7 @@ def run_experts(
     """
     slots, d_model, num_in, hidden = weights.w_in_SDNH.shape
     assignments, dtype = min(budget.assignments, rows.ids_RJ.size), rows.x_RD.dtype
-    case = fused.Case(d_model, hidden, config.activation, dtype, bias=config.bias)
-    if fused.refusal("mosaic_gpu", case) is None:
+    if fused.refusal("mosaic_gpu", _case(d_model, hidden, config, dtype)) is None:
         layout, sizes_S = _sorted_layout(rows.ids_RJ, slots, assignments, fused.ROW_ALIGNMENT)
         return fused.fused_experts(
             rows.x_RD,

@@ -245,3 +245,54 @@ def test_few_rows_without_gradient(rng, tokens, copies):
 def test_rows_gathered_beforehand(rng, monkeypatch):
     monkeypatch.setattr(fused, "WIDE", 64)
     test_fused_experts(rng, "gated")
+
+
+def test_explanations():
+    case = fused.Case(128, 64, "swiglu", jnp.bfloat16)
+    if not ON_GPU:
+        assert fused.explain(case) == (
+            "fused_experts: not mosaic_gpu: the device is 'cpu', no NVIDIA GPU of capability 9.0; "
+            "grouped products and gathers instead"
+        )
+    for changed, reason in (
+        (fused.Case(160, 64, "swiglu", jnp.bfloat16), "d_model=160 is no multiple of 64"),
+        (fused.Case(128, 44, "swiglu", jnp.bfloat16), "hidden=44 is no multiple of 64"),
+        (fused.Case(128, 64, "swiglu", jnp.float32), "operands are float32, not bfloat16"),
+        (fused.Case(128, 64, "swiglu", jnp.bfloat16, bias=True), "the experts have biases"),
+        (fused.Case(128, 64, "mish", jnp.bfloat16), "activation 'mish' is none of swiglu"),
+    ):
+        assert reason in fused.refusal("mosaic_gpu", changed, forced=True)
+    with pytest.raises(NotImplementedError, match="unknown backend 'triton'"):
+        zeros = jnp.zeros((1, 1), jnp.int32)
+        bf16 = jnp.zeros((1, 64), jnp.bfloat16)
+        fused.fused_experts(
+            bf16,
+            jnp.zeros((1, 64, 2, 64), jnp.bfloat16),
+            jnp.zeros((1, 64, 64), jnp.bfloat16),
+            jnp.ones((1, 1)),
+            zeros,
+            zeros[0],
+            zeros[0],
+            activation="swiglu",
+            backend="triton",
+        )
+
+
+def test_reference_of_fused_experts(rng):
+    """The plain twin on any platform, in float32, with its gradients."""
+    inputs = layer(rng, slots=3, tokens=12, copies=2, d_model=16, hidden=8, parts=2)
+    arrays = [np.asarray(inputs[k], np.float32) for k in ("x", "w_in", "w_out", "scores")]
+    ct = rng.normal(size=inputs["x"].shape).astype(np.float32)
+
+    @jax.jit
+    def function(*arrays):
+        def forward(*arrays):
+            maps = (inputs["place"], inputs["copy"], inputs["sizes"])
+            return fused.fused_experts(*arrays, *maps, activation="swiglu", backend="reference")
+
+        out, pull = jax.vjp(forward, *arrays)
+        return out, *pull(ct)
+
+    want, wanted = oracle(inputs, ct, "swiglu")
+    for got, expected in zip(function(*arrays), (want, *wanted)):
+        assert relative_error(got, expected) < 2e-6

@@ -68,7 +68,9 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
 def explain(case: Case) -> str:
     """One line: whether the kernels serve this layer, and why not."""
     reason = refusal("mosaic_gpu", case)
-    return "fused_experts: mosaic_gpu" if reason is None else f"fused_experts: none ({reason})"
+    if reason is None:
+        return "fused_experts: mosaic_gpu"
+    return f"fused_experts: not mosaic_gpu: {reason}; grouped products and gathers instead"
 
 
 def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):

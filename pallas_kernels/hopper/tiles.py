@@ -102,10 +102,14 @@ def store_strips(
         warpgroup, row, column: whose, and where to.
         wanted: rows that must be written, the first ones, maybe none; others may be. None: all.
     """
-    for strip in range(values.shape[1] // STRIP):
+    strips = values.shape[1] // STRIP
+    for strip in range(strips):
         along = slice(strip * STRIP, (strip + 1) * STRIP)
         buffer = out_smem.at[warpgroup, strip % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        # The store before this one may go on, unless it was from the same buffer: the last of an
+        # odd number of strips, and then this call's first.
+        pending = 0 if strip == 0 and strips % 2 else 1
+        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
         buffer[...] = values[:, along]
         plgpu.commit_smem()
         columns = pl.ds(column + strip * STRIP, STRIP)
