@@ -29,6 +29,7 @@ ROW_ALIGNMENT = ROWS
 """The multiple of rows to which slots must be padded for the kernels."""
 
 WIDE = 4096  # hidden width from which rows are gathered before the products
+FEW_COPIES = 2**14  # assignments up to which the sum over a row's is unrolled
 FEW_ROWS = 64  # assignments a slot, on average, up to which tiles are taken to be nearly empty
 
 
@@ -75,6 +76,13 @@ def explain(case: Case) -> str:
 
 def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):
     """Each row's places, weighted and summed in float32."""
+    if place_RJ.size <= FEW_COPIES:
+        # One after the other a row's reads would each take a memory's latency; side by side, one.
+        total = jnp.zeros((place_RJ.shape[0], rows_AD.shape[1]), jnp.float32)
+        for j in range(place_RJ.shape[1]):
+            taken = rows_AD.at[place_RJ[:, j]].get(mode="fill", fill_value=0).astype(jnp.float32)
+            total = total + (taken if weights_RJ is None else taken * weights_RJ[:, j : j + 1])
+        return total.astype(dtype)
     taken_RJD = rows_AD.at[place_RJ].get(mode="fill", fill_value=0).astype(jnp.float32)
     if weights_RJ is not None:
         taken_RJD = taken_RJD * weights_RJ[..., None]

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.hopper.compat import load_rows
-from pallas_kernels.hopper.config import RowsConfig, choose_config
+from pallas_kernels.hopper.config import RING, RowsConfig, choose_config
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
 from pallas_kernels.hopper.tiles import (
     COMPUTE,
@@ -131,7 +131,7 @@ def down_backward(
     """
     act = ACTIVATIONS[activation]
     _, hidden, d_model = w_out_SHD.shape
-    config = config or choose_config(hidden, stages=3)
+    config = config or choose_config(hidden, ring=RING * 3 // 4)
     places, tile_n, tile_k = h_AM.shape[0], config.tile_n, config.tile_k
     strips, n_tiles = tile_n // STRIP, -(-hidden // tile_n)
     dtype = ct_RD.dtype

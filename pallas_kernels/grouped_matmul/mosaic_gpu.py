@@ -104,7 +104,7 @@ def weights_gradient(
     # What is gathered is the narrow side of a tile: TMA costs the loading threads nothing.
     tile_m = 2 * ROWS if gather == "ct" else ROWS
     widest = 128 if gather == "ct" else 256
-    config = config or choose_config(ct_MN.shape[1], widest=widest, band=32)
+    config = config or choose_config(ct_MN.shape[1], widest=widest, rows=tile_m, band=32)
     groups, (m, n) = group_sizes_G.shape[0], (lhs_MK.shape[1], ct_MN.shape[1])
     kernel = weights_kernel(
         name=name,

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from pallas_kernels.hopper.compat import sm_count
 
-__all__ = ["RowsConfig", "choose_config"]
+__all__ = ["RING", "RowsConfig", "choose_config"]
 
 _WIDTHS = (256, 192, 128, 64)  # of a part, widest first: fewer bytes from L2 for each operation
+RING = 4 * 48 * 1024  # bytes of the ring; the epilogue's buffers take what remains of 227 KiB
+_MOST_STAGES = 8
 _TILE_COST = 24  # of a tile besides its columns, in columns
 
 
@@ -44,7 +46,8 @@ def choose_config(
     tiles: int = 0,
     parts: int = 1,
     widest: int = 256,
-    stages: int = 4,
+    rows: int = 128,
+    ring: int = RING,
     band: int = 4,
     reserve_sms: int = 0,
 ) -> RowsConfig:
@@ -55,7 +58,9 @@ def choose_config(
         tiles: row tiles; 0: so many that all multiprocessors have work whatever the width.
         parts: accumulators side by side.
         widest: most columns of all parts together.
-        stages, band: see `RowsConfig`.
+        rows: of a tile.
+        ring: bytes of shared memory for all stages.
+        band: see `RowsConfig`.
         reserve_sms: streaming multiprocessors to leave free, for communication.
     """
     sms = max(1, sm_count() - reserve_sms)
@@ -66,4 +71,8 @@ def choose_config(
 
     fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= widest]
     width = min(fitting, key=lambda w: (rounds(w), -w))
-    return RowsConfig(tile_n=parts * width, sms=sms, stages=stages, band=band)
+    # Narrow tiles get more stages: what matters is how many bytes are under way.
+    tile_n, tile_k = parts * width, 64
+    stage = (rows + tile_n) * tile_k * 2
+    stages = min(_MOST_STAGES, ring // stage)
+    return RowsConfig(tile_n=tile_n, sms=sms, tile_k=tile_k, stages=stages, band=band)
