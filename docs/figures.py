@@ -49,6 +49,7 @@ DECODE = {
     "qwen3_b256": "0.44",
 }
 """Likewise of decoding, ms."""
+ROUTING = ("router product", "top_k", "sorted_places", "rest of routing")
 KERNELS_PICTURE = "img/expert_kernels.svg"
 
 
@@ -67,6 +68,8 @@ def load(name: str) -> dict[str, Any] | None:
 def source(result: dict[str, Any], name: str) -> str:
     """Where figures come from."""
     made = f"{result['device']}, jax {result['jax']}, commit {result['commit']}"
+    earlier = {row["commit"]: None for row in result["rows"] if "commit" in row}
+    made += "".join(f", some rows at {commit}" for commit in earlier)
     return f"`{result['command']}` on {made} (benchmarks/results/{name}.json).\n"
 
 
@@ -233,14 +236,16 @@ def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
         bounds = dict.fromkeys(row["bound"] for row in of_kernel if row and row["bound"])
         title = kernel if " " in kernel or kernel == "other" else f"`{kernel}`"
         body.append([title, ", ".join(bounds), *map(cell, of_kernel)])
-    totals = []
+    totals, shares = [], []
     for shape in shapes:
         of_shape = [row for row in rows if row["shape"] == shape]
         predicted = sum(row["predicted_ms"] or 0.0 for row in of_shape)
         all_there = any(row["ms"] is not None for row in of_shape)
         ms = sum(row["ms"] or 0.0 for row in of_shape) if all_there else None
         totals.append(f"{number(predicted)} / {number(ms)}")
-    body.append(["**sum**", "", *totals])
+        routing = sum(row["ms"] or 0.0 for row in of_shape if row["kernel"] in ROUTING)
+        shares.append(f"{routing / ms:.1%}" if ms else "–")
+    body += [["**sum**", "", *totals], ["routing in it", "", *shares]]
     return table(["kernel", "bound by", *shapes], body)
 
 

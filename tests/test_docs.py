@@ -1,6 +1,7 @@
 """README and docs: figures up to date, links and file names resolve, the example runs."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -83,6 +84,57 @@ def test_stale_figures_are_noticed(figures, monkeypatch, tmp_path, capsys):
     assert "`make it` on d, jax j, commit c (benchmarks/results/cpu_default.json)" in new
     monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
     assert figures.main() == 0
+
+
+def kernel_row(shape, which, kernel, predicted, ms, tflops=None):
+    values = {"predicted_ms": predicted, "ms": ms, "tflops": tflops, "bound": "memory", "gb": 1.0}
+    return {"shape": shape, "pass": which, "kernel": kernel, **values}
+
+
+KERNEL_ROWS = [
+    kernel_row("qwen3_30b_a3b", "fwd", "top_k", 0.001, 0.1),
+    kernel_row("qwen3_30b_a3b", "fwd", "experts_up", 2.0, 2.4, 650.4),
+    kernel_row("qwen3_30b_a3b", "fwd", "other", None, 0.5),
+    kernel_row("sonic_fine", "fwd", "experts_up", 6.0, None),
+    kernel_row("qwen3_b16", "fwd", "experts_up", 0.15, 0.2, 3.0),
+]
+
+
+def test_layer_and_kernels_become_tables(figures, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert "Not measured yet" in figures.expert_layer("uniform")
+    assert "Not measured yet" in figures.expert_kernels()
+    head = {"device": "d", "jax": "j", "commit": "c", "command": "make it"}
+    same = {"impl": "a", "shape": "qwen3_30b_a3b", "routing": "uniform"}
+    layers = [
+        {**same, "pass": "fwd", "ms": 4.0, "tflops": 612.3},
+        {**same, "pass": "fwdbwd", "error": "out of memory"},
+        {**same, "shape": "qwen3_b16", "pass": "fwd", "ms": 0.1234, "tflops": 1.0},
+    ]
+    for name, rows in (("expert_layer_h100", layers), ("expert_kernels_h100", KERNEL_ROWS)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**head, "rows": rows}))
+    layer = figures.expert_layer("uniform")
+    assert "| `a` | – / – | 612 / – | – / – | – | – | – | 0.123 | – |\n| *aim* | 650" in layer
+    assert "no rows of zipf routing" in figures.expert_layer("zipf")
+    kernels = figures.expert_kernels()
+    assert "| `top_k` | memory | <0.01 / 0.10 |  |\n" in kernels
+    assert "| `experts_up` | memory | 2.00 / 2.40 (650) | 6.00 / – |\n" in kernels
+    assert "| **sum** |  | 2.00 / 3.00 | 6.00 / – |\n" in kernels
+    assert "| routing in it |  | 3.3% | – |\n" in kernels
+    assert "| `experts_up` | memory | 150.0 / 200.0 |\n" in kernels
+
+
+def test_kernels_are_drawn_the_same_twice(monkeypatch, tmp_path):
+    draw = load("draw_kernels")
+    monkeypatch.setattr(draw, "RESULT", tmp_path / "result.json")
+    (tmp_path / "result.json").write_text(json.dumps({"rows": KERNEL_ROWS}))
+    pictures = [tmp_path / "once.svg", tmp_path / "twice.svg"]
+    for picture in pictures:
+        monkeypatch.setattr(draw, "PICTURE", picture)
+        draw.main()
+    once, twice = (picture.read_bytes() for picture in pictures)
+    assert once == twice and once.count(b"<path") > 50
 
 
 def test_the_picture_is_drawn(monkeypatch, tmp_path):

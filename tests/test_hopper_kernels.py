@@ -191,7 +191,9 @@ def test_gather_out_of_range_is_zero(rng):
     assert relative_error(out[keep], lhs[index[keep]] @ rhs[0]) < 5e-3
 
 
-@pytest.mark.parametrize("d_model,hidden,activation", [(2048, 768, "swiglu"), (192, 320, "gelu")])
+@pytest.mark.parametrize(
+    "d_model,hidden,activation", [(2048, 1408, "swiglu"), (192, 320, "gelu"), (64, 64, "geglu")]
+)
 def test_lowering_for_cuda(d_model, hidden, activation):
     """Forward and backward become CUDA programs on a machine without a GPU."""
     parts = fused.ACTIVATIONS[activation].parts
