@@ -26,7 +26,10 @@ def precision_of(dtype: Any) -> lax.Precision:
 
 
 def _split(a: jax.Array, terms: int) -> list[jax.Array]:
-    """bfloat16 arrays whose sum is a float32 array, exactly for 3 terms, to 16 bits for 2."""
+    """bfloat16 arrays whose sum is a float32 array: exactly for 3 terms, to 16 bits for 2.
+
+    That holds for finite values whose low bits do not underflow.
+    """
     parts = []
     for _ in range(terms):
         # Not a conversion back and forth, which a compiler may leave out.

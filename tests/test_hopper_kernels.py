@@ -13,9 +13,11 @@ from jax import numpy as jnp
 from oracle import relative_error
 
 from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.fused_experts.mosaic_gpu import up
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.hopper.compat import interpreted
+from pallas_kernels.hopper.config import RowsConfig
 
 BFLOAT16 = ml_dtypes.bfloat16
 ON_GPU = jax.default_backend() == "gpu"
@@ -229,12 +231,14 @@ def test_lowering_for_cuda(d_model, hidden, activation):
     assert "multimem" not in text
 
 
-@pytest.mark.parametrize("tokens,copies", [(3, 2), (40, 1)])
-def test_few_rows_without_gradient(rng, tokens, copies):
-    """Tiles that are nearly empty are neither loaded nor stored whole."""
-    inputs = layer(rng, slots=2, tokens=tokens, copies=copies, d_model=64, hidden=128, parts=2)
+@pytest.mark.parametrize("tokens,copies,popular", [(3, 2, False), (40, 1, False), (150, 1, True)])
+def test_few_rows_without_gradient(rng, tokens, copies, popular):
+    """Tiles that are nearly empty are neither loaded nor stored whole; a popular slot's are."""
+    ids = np.zeros((tokens, 1), np.int64) if popular else None
+    shapes = dict(slots=3, tokens=tokens, copies=copies, d_model=128, hidden=128, parts=2)
+    inputs = layer(rng, **shapes, ids=ids)
     maps = (inputs["place"], inputs["copy"], inputs["sizes"])
-    assert inputs["place"].size <= fused.FEW_ROWS * 2
+    assert inputs["place"].size <= fused.FEW_ROWS * 3
     out = run(
         lambda *a: fused.fused_experts(*a, *maps, activation="swiglu", backend="mosaic_gpu"),
         *(inputs[k] for k in ("x", "w_in", "w_out", "scores")),
@@ -298,3 +302,26 @@ def test_reference_of_fused_experts(rng):
     want, wanted = oracle(inputs, ct, "swiglu")
     for got, expected in zip(function(*arrays), (want, *wanted)):
         assert relative_error(got, expected) < 2e-6
+
+
+def test_nothing_to_compute():
+    bf16, none = jnp.bfloat16, jnp.zeros((0, 2), jnp.int32)
+    weights = jnp.ones((1, 64, 2, 64), bf16), jnp.ones((1, 64, 64), bf16)
+    maps = jnp.zeros((0, 2)), none, jnp.zeros((128,), jnp.int32), jnp.zeros((1,), jnp.int32)
+    out = fused.fused_experts(jnp.zeros((0, 64), bf16), *weights, *maps, activation="swiglu")
+    assert out.shape == (0, 64) and out.dtype == bf16
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="stages=1"):
+        RowsConfig(tile_n=64, sms=1, stages=1)
+    with pytest.raises(ValueError, match="tiles of 128 columns do not divide the hidden width 192"):
+        up(
+            jnp.zeros((128, 64), jnp.bfloat16),
+            jnp.zeros((1, 64, 2, 192), jnp.bfloat16),
+            None,
+            jnp.array([128], jnp.int32),
+            activation="swiglu",
+            keep=False,
+            config=RowsConfig(tile_n=256, sms=1),
+        )

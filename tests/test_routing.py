@@ -465,3 +465,23 @@ def test_metrics(xp):
     assert got["entropy"].dtype == got["max_over_mean"].dtype == np.float32
     one = router_metrics(np.array([3, 1]), np.float32(1.0), np.int32(2))
     assert one["max_over_mean"] == 1.5 and one["entropy"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_does_not_reach_the_weight_gradient(rng, dtype):
+    """NaN in a masked token times a cotangent of 0 would be NaN."""
+    router = Router(16, RouterConfig(8, 2), rngs=nnx.Rngs(int(rng.integers(2**31))))
+    x = jnp.asarray(rng.standard_normal((6, 16)), dtype)
+    mask = jnp.arange(6, dtype=jnp.int32) > 0
+
+    @nnx.jit
+    def gradient(router, x):
+        def loss(router):
+            scores_TK = router(x, token_mask_T=mask, axes=()).scores_TK
+            return jnp.sum(scores_TK**2)
+
+        return nnx.grad(loss)(router).w_DE[...]
+
+    clean, dirty = gradient(router, x.at[0].set(0)), gradient(router, x.at[0].set(jnp.nan))
+    assert np.isfinite(dirty).all() and np.abs(dirty).max() > 0
+    np.testing.assert_array_equal(clean, dirty)

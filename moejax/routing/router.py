@@ -188,6 +188,9 @@ class Router(nnx.Module):
         Returns:
             The routing of this device's tokens.
         """
+        if token_mask_T is not None:
+            # Also of the weight's gradient: what padding holds times a cotangent of 0 may be NaN.
+            x_TD = jnp.where(token_mask_T[:, None], x_TD, jnp.zeros((), x_TD.dtype))
         logits_TE = float32_dot(x_TD, self.w_DE[...])
         if self.b_E is not None:
             logits_TE = logits_TE + self.b_E[...]

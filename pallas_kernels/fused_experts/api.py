@@ -198,6 +198,8 @@ def fused_experts(
         NotImplementedError: no backend serves; the message has each one's reason.
     """
     case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
+    if place_RJ.size == 0 or copy_A.size == 0:
+        return jnp.zeros_like(x_RD)
     reasons = []
     for name in BACKENDS if backend is None else (backend,):
         reason = refusal(name, case, forced=backend is not None)

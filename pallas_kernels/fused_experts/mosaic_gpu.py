@@ -33,6 +33,12 @@ from pallas_kernels.hopper.tiles import (
 __all__ = ["down_backward", "up"]
 
 
+def _check_width(hidden: int, width: int) -> None:
+    """Projections lie side by side: a tile beyond the end of one would be in the next."""
+    if hidden % width:
+        raise ValueError(f"tiles of {width} columns do not divide the hidden width {hidden}")
+
+
 def up(
     x_RD: jax.Array,
     w_in_SDNH: jax.Array,
@@ -67,6 +73,7 @@ def up(
     config = config or choose_config(hidden, tiles=tiles, parts=parts)
     tile_k = config.tile_k
     part_n = config.tile_n // parts
+    _check_width(hidden, part_n)
 
     def rhs_slice(ref, group, part, n, k):
         return ref.at[group, pl.ds(k * tile_k, tile_k), part, pl.ds(n * part_n, part_n)]
@@ -87,7 +94,7 @@ def up(
         Epilogue(finish, {"out_smem": out_scratch(x_RD.dtype)}),
         name="experts_up",
         short=wanted_A is not None,
-        n_tiles=-(-hidden // part_n),
+        n_tiles=hidden // part_n,
         k_steps=-(-d_model // tile_k),
         parts=parts,
         rhs_slice=rhs_slice,
@@ -133,7 +140,8 @@ def down_backward(
     _, hidden, d_model = w_out_SHD.shape
     config = config or choose_config(hidden, ring=RING * 3 // 4)
     places, tile_n, tile_k = h_AM.shape[0], config.tile_n, config.tile_k
-    strips, n_tiles = tile_n // STRIP, -(-hidden // tile_n)
+    _check_width(hidden, tile_n)
+    strips, n_tiles = tile_n // STRIP, hidden // tile_n
     dtype = ct_RD.dtype
 
     def rhs_slice(ref, group, part, n, k):

@@ -118,7 +118,8 @@ def weights_gradient(
         out_type=jax.ShapeDtypeStruct((groups, m, n), dtype or lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    ends_G = jnp.cumsum(group_sizes_G).astype(jnp.int32)
+    rows = ct_MN.shape[0] if gather != "ct" else lhs_MK.shape[0]
+    ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), rows).astype(jnp.int32)
     first_step = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends_G]) // config.tile_k
     index = jnp.zeros((1,), jnp.int32) if index_M is None else index_M
     return kernel(first_step, index, lhs_MK, ct_MN)

@@ -25,7 +25,11 @@ __all__ = [
 COMPILER_PARAMS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
 )
-"""`approx_math`: exponentials and reciprocal roots by the GPU's own instructions (2 ulp)."""
+"""`approx_math`: exponentials and reciprocal roots by the GPU's own instructions.
+
+Both are good to 2 units in the last place; eˣ is 2 to the power of a product rounded to float32, so
+that its relative error grows to about |x|·2⁻²⁴.
+"""
 
 H100_SMS = 132
 INTERPRETED_SMS = 2
@@ -71,6 +75,9 @@ def transposed(ref: Any) -> Any:
 
 def hopper_refusal(dtype: Any, *, forced: bool) -> str | None:
     """Why the Hopper kernels cannot serve operands of this dtype here; None if they can.
+
+    "Here" is the first device of the default platform; a program for another one, such as a mesh of
+    CPU devices on a GPU host, should name its backend.
 
     Args:
         dtype: of the operands.

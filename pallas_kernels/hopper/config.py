@@ -31,6 +31,12 @@ class RowsConfig:
     stages: int = 4
     band: int = 4
 
+    def __post_init__(self) -> None:
+        if self.stages < 2:
+            raise ValueError(
+                f"stages={self.stages}: a stage is released a step late, so 2 at least"
+            )
+
     @property
     def lag(self) -> int:
         """Steps between starting a gather and waiting for it.

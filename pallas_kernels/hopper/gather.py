@@ -33,12 +33,18 @@ def start_gather(
         index: int32 in global memory.
         first: where the target's rows begin in `index`.
         column: a multiple of 8.
-        target: [R, C] in shared memory, swizzled; R a multiple of 8, C of 64.
+        target: [R, C] in shared memory, swizzled; C 64, 128, … up to 1024, R a multiple of
+            1024 / C.
         limit: N.
         interpret: by plain loads and stores.
     """
     rows, columns = target.shape
     width = source.shape[1]
+    chunks = columns * 2 // CHUNK
+    if chunks not in (8, 16, 32, 64, 128) or rows % (THREADS // chunks):
+        raise ValueError(
+            f"a gather of {rows} rows of {columns} columns does not fit {THREADS} threads"
+        )
     if interpret:
         at = index[pl.ds(first, rows)][:, None]
         along = column + jnp.arange(columns, dtype=jnp.int32)[None, :]

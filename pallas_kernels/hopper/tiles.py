@@ -64,7 +64,8 @@ def tile_map(group_sizes_G: jax.Array, places: int, wanted_A: jax.Array | None =
     rows = jnp.full((tiles,), ROWS, jnp.int32)
     if wanted_A is not None:
         rows = jnp.sum(wanted_A.reshape(tiles, ROWS), axis=1, dtype=jnp.int32)
-    return TileMap(group, rows, ends_G[-1:].astype(jnp.int32))
+    count = jnp.minimum(ends_G[-1:], tiles)  # whatever the sizes say, the lists end there
+    return TileMap(group, rows, count.astype(jnp.int32))
 
 
 def place_in_bands(index: Any, rows: Any, columns: int, height: int) -> tuple[Any, Any]:
@@ -95,6 +96,8 @@ def store_strips(
 ) -> None:
     """Writes a warpgroup's [64, C] values to out[row:, column:] by TMA, a strip at a time.
 
+    All calls of a kernel have the same C: the two buffers take turns across calls.
+
     Args:
         values: in registers, of out's dtype.
         out: [rows, columns] in global memory.
@@ -106,9 +109,9 @@ def store_strips(
     for strip in range(strips):
         along = slice(strip * STRIP, (strip + 1) * STRIP)
         buffer = out_smem.at[warpgroup, strip % 2]
-        # The store before this one may go on, unless it was from the same buffer: the last of an
-        # odd number of strips, and then this call's first.
-        pending = 0 if strip == 0 and strips % 2 else 1
+        # The store before this one may go on, unless it was from the same buffer (the last of an
+        # odd number of strips, and then this call's first) or was left out, as with `wanted`.
+        pending = 0 if strip == 0 and (strips % 2 or wanted is not None) else 1
         plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
         buffer[...] = values[:, along]
         plgpu.commit_smem()
