@@ -3,6 +3,7 @@
 On a GPU of capability 9.0 the same tests run the compiled kernels (`make test-gpu`).
 """
 
+import dataclasses
 from contextlib import nullcontext
 
 import jax
@@ -12,12 +13,16 @@ import pytest
 from jax import numpy as jnp
 from oracle import relative_error
 
+from moejax.presets import small
+from moejax.training.state import Blueprint
 from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.fused_experts.mosaic_gpu import up
-from pallas_kernels.grouped_matmul import mosaic_gpu
-from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.hopper.compat import interpreted
+from pallas_kernels.grouped_matmul import api, mosaic_gpu
+from pallas_kernels.hopper.compat import hopper_refusal, interpreted
 from pallas_kernels.hopper.config import RowsConfig
+from pallas_kernels.route import api as route
+from sharding.mesh import MeshShape, abstract_mesh
+from sharding.planner import trace_step
 
 BFLOAT16 = ml_dtypes.bfloat16
 ON_GPU = jax.default_backend() == "gpu"
@@ -163,7 +168,7 @@ def test_grouped_matmul(rng, k, n):
 
     def function(lhs, rhs, ct):
         def product(lhs, rhs):
-            return grouped_matmul(lhs, rhs, sizes, alignment=128, backend="mosaic_gpu")
+            return api.grouped_matmul(lhs, rhs, sizes, alignment=128, backend="mosaic_gpu")
 
         out, pull = jax.vjp(product, lhs, rhs)
         return out, *pull(ct)
@@ -325,3 +330,21 @@ def test_sizes_that_do_not_fit_are_refused():
             keep=False,
             config=RowsConfig(tile_n=256, sms=1),
         )
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(1, 2, 2)], ids=str)
+def test_train_step_with_the_kernels_lowers(mesh, monkeypatch):
+    """Scanned, recomputed layers inside the shard_map, as the presets for GPUs have them."""
+    for module in (api, fused, route):
+        monkeypatch.setattr(
+            module, "hopper_refusal", lambda dtype, forced: hopper_refusal(dtype, forced=True)
+        )
+    config = small()
+    model = dataclasses.replace(config.model, num_layers=2)
+    config = dataclasses.replace(config, model=model)
+    traced = trace_step(Blueprint(model, abstract_mesh(mesh)), config)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own lowering of attention mixes dtypes
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("experts_up", "experts_down_backward", "rows_gradient", "w_in_gradient"):
+        assert name in text
+    assert "top_k" in text and "sorted_places" in text
