@@ -16,6 +16,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import backends
 from pallas_kernels.fused_experts import mosaic_gpu, reference
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -52,8 +53,6 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
         case: what is asked.
         forced: do not look at the device.
     """
-    if backend not in BACKENDS:
-        return f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}"
     if case.bias:
         return "the experts have biases"
     if case.activation not in ACTIVATIONS:
@@ -200,24 +199,22 @@ def fused_experts(
     case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)
-    reasons = []
-    for name in BACKENDS if backend is None else (backend,):
-        reason = refusal(name, case, forced=backend is not None)
-        if reason is not None:
-            reasons.append(f"{name}: {reason}")
-        elif name == "mosaic_gpu":
-            return _fused(
-                x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ, copy_A, sizes_S, activation
-            )
-        else:
-            return reference.fused_experts(
-                x_RD,
-                w_in_SDNH,
-                w_out_SHD,
-                scores_RJ,
-                place_RJ,
-                copy_A // place_RJ.shape[1],
-                sizes_S,
-                activation=activation,
-            )
-    raise NotImplementedError("fused_experts: " + "; ".join(reasons))
+    chosen = backends.choose(
+        "fused_experts",
+        BACKENDS,
+        backend,
+        lambda name, forced: refusal(name, case, forced=forced),
+    )
+    if chosen == "mosaic_gpu":
+        return _fused(x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ, copy_A, sizes_S, activation)
+    source_A = copy_A // place_RJ.shape[1]
+    return reference.fused_experts(
+        x_RD,
+        w_in_SDNH,
+        w_out_SHD,
+        scores_RJ,
+        place_RJ,
+        source_A,
+        sizes_S,
+        activation=activation,
+    )

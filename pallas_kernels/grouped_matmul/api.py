@@ -14,6 +14,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import backends
 from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference
 from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.hopper.tiles import ROWS
@@ -58,8 +59,6 @@ def row_alignment(rows: int, groups: int, contraction: int, columns: int, dtype:
 
 
 def _refusal(backend: str, case: Case, *, forced: bool) -> str | None:
-    if backend not in BACKENDS:
-        return f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}"
     if backend == "blocked" and not case.aligned:
         return f"{case.rows} rows are no multiple of the alignment {case.alignment}"
     if backend != "mosaic_gpu":
@@ -72,25 +71,11 @@ def _refusal(backend: str, case: Case, *, forced: bool) -> str | None:
     return hopper_refusal(case.dtype, forced=forced)
 
 
-def _choose(case: Case, backend: str | None) -> str:
-    reasons = []
-    for name in BACKENDS if backend is None else (backend,):
-        reason = _refusal(name, case, forced=backend is not None)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("grouped_matmul: " + "; ".join(reasons))
-
-
 def explain(case: Case) -> str:
     """One line: the backend that serves this shape, and why those before it do not."""
-    lines: list[str] = []
-    for name in BACKENDS:
-        reason = _refusal(name, case, forced=False)
-        if reason is None:
-            return "; ".join([f"grouped_matmul: {name}", *lines])
-        lines.append(f"not {name}: {reason}")
-    return "; ".join(lines)
+    return backends.explain(
+        "grouped_matmul", BACKENDS, lambda name, forced: _refusal(name, case, forced=forced)
+    )
 
 
 def _inside(rows_MN: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -159,5 +144,10 @@ def grouped_matmul(
     """
     (rows, contraction), columns = lhs_MK.shape, rhs_GKN.shape[2]
     case = Case(rows, contraction, columns, alignment, lhs_MK.dtype)
-    chosen = _choose(case, backend)
+    chosen = backends.choose(
+        "grouped_matmul",
+        BACKENDS,
+        backend,
+        lambda name, forced: _refusal(name, case, forced=forced),
+    )
     return _grouped(lhs_MK, rhs_GKN, group_sizes_G, alignment, chosen)

@@ -7,12 +7,14 @@ Nothing here has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import backends
 from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.route import mosaic_gpu, reference
 
@@ -21,42 +23,27 @@ __all__ = ["BACKENDS", "explain_sorted_places", "explain_top_k", "sorted_places"
 BACKENDS = ("mosaic_gpu", "reference")
 
 
-def _refusal(backend: str, shape_refusal: str | None, *, forced: bool) -> str | None:
-    if backend not in BACKENDS:
-        return f"unknown backend {backend!r}; there are {', '.join(BACKENDS)}"
-    if backend != "mosaic_gpu":
-        return None
-    return shape_refusal or hopper_refusal(jnp.bfloat16, forced=forced)
+def _refusal(shape_refusal: str | None) -> Callable[[str, bool], str | None]:
+    """What the kernels refuse: a shape, or the device."""
 
+    def refusal(backend: str, forced: bool) -> str | None:
+        if backend != "mosaic_gpu":
+            return None
+        return shape_refusal or hopper_refusal(jnp.bfloat16, forced=forced)
 
-def _choose(operation: str, backend: str | None, shape_refusal: str | None) -> str:
-    reasons = []
-    for name in BACKENDS if backend is None else (backend,):
-        reason = _refusal(name, shape_refusal, forced=backend is not None)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError(f"{operation}: " + "; ".join(reasons))
-
-
-def _explain(operation: str, shape_refusal: str | None) -> str:
-    lines: list[str] = []
-    for name in BACKENDS:
-        reason = _refusal(name, shape_refusal, forced=False)
-        if reason is None:
-            return "; ".join([f"{operation}: {name}", *lines])
-        lines.append(f"not {name}: {reason}")
-    return "; ".join(lines)
+    return refusal
 
 
 def explain_top_k(tokens: int, experts: int, k: int, dtype: Any = jnp.float32) -> str:
     """One line: the backend that serves this shape, and why those before it do not."""
-    return _explain("top_k", mosaic_gpu.top_k_refusal(tokens, experts, k, dtype))
+    refusal = _refusal(mosaic_gpu.top_k_refusal(tokens, experts, k, dtype))
+    return backends.explain("top_k", BACKENDS, refusal)
 
 
 def explain_sorted_places(rows: int, copies: int, groups: int) -> str:
     """One line: the backend that serves this shape, and why those before it do not."""
-    return _explain("sorted_places", mosaic_gpu.sorted_places_refusal(rows, copies, groups))
+    refusal = _refusal(mosaic_gpu.sorted_places_refusal(rows, copies, groups))
+    return backends.explain("sorted_places", BACKENDS, refusal)
 
 
 def top_k(
@@ -79,9 +66,9 @@ def top_k(
     tokens, experts = scores_TE.shape
     if not 0 < k <= experts:
         raise ValueError(f"top_k: k={k} must lie between 1 and the {experts} experts")
-    refusal = mosaic_gpu.top_k_refusal(tokens, experts, k, scores_TE.dtype)
+    refusal = _refusal(mosaic_gpu.top_k_refusal(tokens, experts, k, scores_TE.dtype))
     scores_TE = lax.stop_gradient(scores_TE)
-    if _choose("top_k", backend, refusal) == "mosaic_gpu":
+    if backends.choose("top_k", BACKENDS, backend, refusal) == "mosaic_gpu":
         return mosaic_gpu.top_k(scores_TE, k)
     return reference.top_k(scores_TE, k)
 
@@ -115,7 +102,7 @@ def sorted_places(
         NotImplementedError: no backend can serve this; the message has each one's reason.
     """
     rows, copies = ids_RJ.shape
-    refusal = mosaic_gpu.sorted_places_refusal(rows, copies, groups)
-    chosen = _choose("sorted_places", backend, refusal)
+    refusal = _refusal(mosaic_gpu.sorted_places_refusal(rows, copies, groups))
+    chosen = backends.choose("sorted_places", BACKENDS, backend, refusal)
     module = mosaic_gpu if chosen == "mosaic_gpu" else reference
     return module.sorted_places(ids_RJ, groups=groups, alignment=alignment, places=places)

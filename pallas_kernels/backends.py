@@ -1,0 +1,48 @@
+"""Choosing a backend of an operation: tried in order, each refusal with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+__all__ = ["choose", "explain"]
+
+
+def choose(
+    operation: str,
+    backends: Sequence[str],
+    backend: str | None,
+    refusal: Callable[[str, bool], str | None],
+) -> str:
+    """The first backend that serves.
+
+    Args:
+        operation: its name, for the message.
+        backends: names, in order.
+        backend: the only one to consider; None: all.
+        refusal: (name, asked for by name) -> why it cannot serve, None if it can.
+
+    Raises:
+        NotImplementedError: none serves; the message has each one's reason.
+    """
+    reasons = []
+    for name in backends if backend is None else (backend,):
+        reason: str | None = f"unknown backend {name!r}; there are {', '.join(backends)}"
+        if name in backends:
+            reason = refusal(name, backend is not None)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{operation}: " + "; ".join(reasons))
+
+
+def explain(
+    operation: str, backends: Sequence[str], refusal: Callable[[str, bool], str | None]
+) -> str:
+    """One line: the backend that `choose` picks, and why not those before it."""
+    lines: list[str] = []
+    for name in backends:
+        reason = refusal(name, False)
+        if reason is None:
+            return "; ".join([f"{operation}: {name}", *lines])
+        lines.append(f"not {name}: {reason}")
+    return "; ".join(lines)
