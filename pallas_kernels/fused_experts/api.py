@@ -141,7 +141,7 @@ def _fused_bwd(activation, residuals, ct_RD):
         name="rows_gradient",
     )
     rows, index = _rows_of(x_RD, source_A, hidden)
-    gather_lhs, gather_ct = ("", "") if index is None else ("lhs", "ct")
+    gather_lhs, gather_ct = ("", "") if index is None else ("lhs", "rhs")
     w_in_ct = products.weights_gradient(
         rows, h_ct, sizes_S, index_M=index, gather=gather_lhs, name="w_in_gradient"
     )

@@ -99,13 +99,12 @@ def up(
         parts=parts,
         rhs_slice=rhs_slice,
         transpose_rhs=False,
-        gather_from=0 if source_A is None else x_RD.shape[0],
+        gather=source_A is not None,
         config=config,
         out_type=out_type,
         dtype=x_RD.dtype,
     )
-    index = jnp.zeros((1,), jnp.int32) if source_A is None else source_A
-    out = kernel(tile_map(sizes_S, places, wanted_A), index, x_RD, w_in_SDNH)
+    out = kernel(tile_map(sizes_S, places, wanted_A), source_A, x_RD, w_in_SDNH)
     return out[0], out[1] if keep else None
 
 
@@ -211,7 +210,7 @@ def down_backward(
         parts=1,
         rhs_slice=rhs_slice,
         transpose_rhs=True,
-        gather_from=0 if source_A is None else ct_RD.shape[0],
+        gather=source_A is not None,
         config=config,
         out_type=[
             jax.ShapeDtypeStruct((places, act.parts * hidden), dtype),
@@ -220,5 +219,4 @@ def down_backward(
         ],
         dtype=dtype,
     )
-    index = jnp.zeros((1,), jnp.int32) if source_A is None else source_A
-    return tuple(kernel(tile_map(sizes_S, places), index, ct_RD, w_out_SHD, h_AM, scores_A))
+    return tuple(kernel(tile_map(sizes_S, places), source_A, ct_RD, w_out_SHD, h_AM, scores_A))

@@ -67,13 +67,12 @@ def grouped_matmul(
         parts=1,
         rhs_slice=rhs_slice,
         transpose_rhs=transpose_rhs,
-        gather_from=0 if index_M is None else lhs_MK.shape[0],
+        gather=index_M is not None,
         config=config,
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    index = jnp.zeros((1,), jnp.int32) if index_M is None else index_M
-    return kernel(tile_map(group_sizes_G, rows, wanted_M), index, lhs_MK, rhs_GKN)
+    return kernel(tile_map(group_sizes_G, rows, wanted_M), index_M, lhs_MK, rhs_GKN)
 
 
 def weights_gradient(
@@ -93,7 +92,7 @@ def weights_gradient(
         lhs_MK, ct_MN: bfloat16 rows sorted by group; zero in a group's padding.
         group_sizes_G: int32, multiples of `tile_k`.
         index_M: int32, the row of the gathered operand of each row; out of range is zeros.
-        gather: the operand whose rows `index_M` picks, "lhs" or "ct"; or neither.
+        gather: the operand whose rows `index_M` picks, "lhs" or "rhs" (the cotangents); or neither.
         name: of the kernel, in profiles.
         dtype: of the result; None takes lhs's.
         config: sizes; None chooses.
@@ -102,8 +101,8 @@ def weights_gradient(
         [G, K, N], accumulated in float32.
     """
     # What is gathered is the narrow side of a tile: TMA costs the loading threads nothing.
-    tile_m = 2 * ROWS if gather == "ct" else ROWS
-    widest = 128 if gather == "ct" else 256
+    tile_m = 2 * ROWS if gather == "rhs" else ROWS
+    widest = 128 if gather == "rhs" else 256
     config = config or choose_config(ct_MN.shape[1], widest=widest, rows=tile_m, band=32)
     groups, (m, n) = group_sizes_G.shape[0], (lhs_MK.shape[1], ct_MN.shape[1])
     kernel = weights_kernel(
@@ -112,14 +111,12 @@ def weights_gradient(
         tile_m=tile_m,
         m_tiles=-(-m // tile_m),
         n_tiles=-(-n // config.tile_n),
-        gather_lhs=lhs_MK.shape[0] if gather == "lhs" else 0,
-        gather_rhs=ct_MN.shape[0] if gather == "ct" else 0,
+        gather=gather,
         config=config,
         out_type=jax.ShapeDtypeStruct((groups, m, n), dtype or lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    rows = ct_MN.shape[0] if gather != "ct" else lhs_MK.shape[0]
+    rows = ct_MN.shape[0] if gather != "rhs" else lhs_MK.shape[0]
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), rows).astype(jnp.int32)
     first_step = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends_G]) // config.tile_k
-    index = jnp.zeros((1,), jnp.int32) if index_M is None else index_M
-    return kernel(first_step, index, lhs_MK, ct_MN)
+    return kernel(first_step, index_M, lhs_MK, ct_MN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import Parameter, signature
@@ -18,6 +18,7 @@ __all__ = [
     "interpret_mode",
     "interpreted",
     "load_rows",
+    "named_kernel",
     "sm_count",
     "transposed",
 ]
@@ -56,6 +57,15 @@ def interpret_mode() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # before 0.11
 
     return InterpretGPUParams()
+
+
+def named_kernel(body: Callable[..., None], name: str, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel`, interpreted inside of `interpreted`; profiles show the name."""
+    body.__name__ = name
+    interpret = interpret_mode()
+    if interpret is not None:
+        options["interpret"] = interpret
+    return plgpu.kernel(body, **options)
 
 
 def load_rows(ref: Any, layout: Any) -> Any:

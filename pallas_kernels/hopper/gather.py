@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.compat import interpret_mode
 from pallas_kernels.hopper.tiles import swizzled
 
-__all__ = ["finish_gathers", "start_gather"]
+__all__ = ["finish_gathers", "optional_index", "start_gather"]
 
 THREADS = 128
 CHUNK = 16  # bytes of a copy
 
 
-def start_gather(
-    source: Any, index: Any, first: Any, column: Any, target: Any, *, limit: int, interpret: bool
-) -> None:
+def optional_index(index: jax.Array | None) -> jax.Array:
+    """The operand for an index that may be missing: kernels have a fixed number of operands."""
+    return jnp.zeros((1,), jnp.int32) if index is None else index
+
+
+def start_gather(source: Any, index: Any, first: Any, column: Any, target: Any) -> None:
     """Starts copying source[index[first + r], column : column + C] to target[r] for every r.
 
     What lies outside of the source becomes zero, rows and columns.
@@ -35,17 +40,15 @@ def start_gather(
         column: a multiple of 8.
         target: [R, C] in shared memory, swizzled; C 64, 128, … up to 1024, R a multiple of
             1024 / C.
-        limit: N.
-        interpret: by plain loads and stores.
     """
     rows, columns = target.shape
-    width = source.shape[1]
+    limit, width = source.shape
     chunks = columns * 2 // CHUNK
     if chunks not in (8, 16, 32, 64, 128) or rows % (THREADS // chunks):
         raise ValueError(
             f"a gather of {rows} rows of {columns} columns does not fit {THREADS} threads"
         )
-    if interpret:
+    if interpret_mode() is not None:  # by plain loads and stores
         at = index[pl.ds(first, rows)][:, None]
         along = column + jnp.arange(columns, dtype=jnp.int32)[None, :]
         values = source[...][jnp.clip(at, 0, limit - 1), jnp.minimum(along, width - 1)]
@@ -138,9 +141,9 @@ def _emit_copies(source, index, first, column, target, rows, columns, limit, wid
     )
 
 
-def finish_gathers(pending: int, *, interpret: bool) -> None:
+def finish_gathers(pending: int) -> None:
     """Waits until at most `pending` gathers are under way; the others may then be multiplied."""
-    if interpret:
+    if interpret_mode() is not None:
         return
 
     @plgpu.inline_mgpu()

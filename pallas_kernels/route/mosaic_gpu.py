@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.compat import COMPILER_PARAMS, interpret_mode, load_rows
+from pallas_kernels.hopper.compat import COMPILER_PARAMS, load_rows, named_kernel
 from pallas_kernels.hopper.tiles import swizzled
 
 __all__ = ["sorted_places", "sorted_places_refusal", "top_k", "top_k_refusal"]
@@ -75,16 +75,14 @@ def _round_up(value: int, multiple: int) -> int:
 def _kernel(
     body: Any, name: str, tiles: int, out_type: Any, scratch_types: Any, params: Any
 ) -> Any:
-    body.__name__ = name  # in profiles
-    interpret = interpret_mode()
-    return plgpu.kernel(
+    return named_kernel(
         body,
+        name,
         out_type=out_type,
         scratch_types=scratch_types,
         grid=(tiles,),
         grid_names=("tile",),
         compiler_params=params,
-        **({} if interpret is None else {"interpret": interpret}),
     )
 
 
