@@ -12,8 +12,8 @@ from jax import lax
 from jax import numpy as jnp
 from layer_check import make_gradient_errors, make_output_error
 from layer_peers import IMPLS, Candidate
-from layer_shapes import Inputs, Shape, find_shape, make_inputs
-from layer_timing import DECODE_STEPS, Reporter, Timing, check, jobs, measure, parse_worker
+from layer_shapes import Inputs, Shape
+from layer_timing import DECODE_STEPS, Reporter, Timing, check, measure, parse_worker, work
 
 
 def expert_weights(shape: Shape, inputs: Inputs) -> dict[str, jax.Array]:
@@ -121,14 +121,9 @@ class Bench:
 
 def main() -> None:
     args = parse_worker()
-    for name in args.shapes:
-        todo = [j for j in jobs([name], args.impls, args.passes) if j not in args.skip]
-        if not todo:
-            continue
-        shape = find_shape(name, args.tiny)
-        inputs = make_inputs(shape, args.routing)
+    for todo, shape, inputs in work(args):
         bench = Bench(shape, inputs, args.repeats)
-        for impl, _, which in todo:
+        for impl, name, which in todo:
             report = Reporter(impl, name, shape, inputs, args.routing)
             bench.run(impl, which == "fwdbwd", report)
             gc.collect()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from layer_shapes import LIMIT, SHAPES, Inputs, Shape
+from layer_shapes import LIMIT, SHAPES, Inputs, Shape, find_shape, make_inputs
 
 JAX_IMPLS = ("moejax", "ragged_dot", "jax_pallas_ragged_dot", "tokamax")
 IMPL_NAMES = (*JAX_IMPLS, "torch_grouped_mm")
@@ -137,3 +137,12 @@ def jobs(shapes: list[str], impls: list[str], passes: list[str]) -> list[Job]:
         for name in PASSES
         if name in passes and not (name == "fwdbwd" and SHAPES[shape].decode)
     ]
+
+
+def work(args: argparse.Namespace) -> Iterator[tuple[list[Job], Shape, Inputs]]:
+    """For each shape of a worker that has jobs left: those jobs, the shape, its inputs."""
+    for name in args.shapes:
+        todo = [j for j in jobs([name], args.impls, args.passes) if j not in args.skip]
+        if todo:
+            shape = find_shape(name, args.tiny)
+            yield todo, shape, make_inputs(shape, args.routing)

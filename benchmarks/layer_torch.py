@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from layer_shapes import Inputs, Shape, find_shape, make_inputs
-from layer_timing import Reporter, Timing, check, jobs, measure, parse_worker
+from layer_shapes import Inputs, Shape
+from layer_timing import Reporter, Timing, check, measure, parse_worker, work
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 NAMES = ("x", "router", "w_in", "w_out")
@@ -188,15 +188,10 @@ class Bench:
 def main() -> None:
     args = parse_worker()
     torch.set_float32_matmul_precision("highest")
-    for name in args.shapes:
-        todo = [j for j in jobs([name], args.impls, args.passes) if j not in args.skip]
-        if not todo:
-            continue
-        shape = find_shape(name, args.tiny)
-        inputs = make_inputs(shape, args.routing)
+    for todo, shape, inputs in work(args):
         usable = torch.cuda.is_available() or args.tiny
         bench = Bench(shape, inputs, args.repeats) if usable else None
-        for impl, _, which in todo:
+        for impl, name, which in todo:
             backward = which == "fwdbwd"
             report = Reporter(impl, name, shape, inputs, args.routing)
             if bench is None:
