@@ -309,14 +309,16 @@ def test_load_weights_keeps_router_and_norms_in_float32(folder):
 
 def start(home, *argv):
     environment = {**os.environ, "HOME": str(home), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-W", "error", "infer.py", *map(str, argv)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
-        text=True,
         timeout=250,
     )
+    # Not as text: that would turn a carriage return that the model wrote into a new line.
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
 
 
 def test_the_program(tmp_path, folder, generator):
