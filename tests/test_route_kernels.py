@@ -29,7 +29,7 @@ BACKENDS = (
 
 @partial(jax.jit, static_argnames=("k", "backend"))
 def _top_k(scores, k, backend):
-    return api.top_k(scores, k, backend=backend)
+    return api.top_k(scores, k, backend=backend)[0]
 
 
 @partial(jax.jit, static_argnames=("groups", "alignment", "places", "backend"))
@@ -37,6 +37,9 @@ def _sorted_places(ids, groups, alignment, places, backend):
     return api.sorted_places(
         ids, groups=groups, alignment=alignment, places=places, backend=backend
     )
+
+
+EMULATED = ("reference", "mosaic_gpu")
 
 
 def run(function, *inputs, **static):
@@ -62,9 +65,9 @@ def ties(rng, tokens, experts):
     return scores
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EMULATED)
 @pytest.mark.parametrize(
-    "tokens,experts,k", [(100, 16, 3), (64, 8, 8), (3, 128, 8), (193, 256, 16), (130, 40, 1)]
+    "tokens,experts,k", [(100, 16, 3), (64, 8, 8), (3, 128, 8), (93, 512, 16), (130, 33, 1)]
 )
 def test_top_k(rng, tokens, experts, k, backend):
     for scores in (ties(rng, tokens, experts), rng.normal(size=(tokens, experts))):
@@ -74,7 +77,7 @@ def test_top_k(rng, tokens, experts, k, backend):
         assert np.array_equal(got, numpy_top_k(scores, k))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EMULATED)
 def test_top_k_of_extreme_scores(rng, backend):
     """All masked, fewer finite than k, infinities, the smallest and largest floats."""
     info = np.finfo(np.float32)
@@ -85,7 +88,7 @@ def test_top_k_of_extreme_scores(rng, backend):
     assert np.array_equal(run_top_k(scores, 6, backend), numpy_top_k(scores, 6))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EMULATED)
 def test_top_k_of_nan(rng, backend):
     """Any ids, but distinct and in range, for every bit pattern of NaN; other rows unaffected."""
     scores = ties(rng, 64, 24)
@@ -97,18 +100,27 @@ def test_top_k_of_nan(rng, backend):
     assert np.array_equal(got[1::2], numpy_top_k(scores[1::2], 24))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_top_k_has_no_gradient(rng, backend):
-    scores = rng.normal(size=(70, 8)).astype(np.float32)
+@pytest.mark.parametrize("backend", EMULATED)
+def test_values_of_the_chosen_and_their_gradient(rng, backend):
+    """To the values, none through the choice."""
+    scores, values, ct = (
+        rng.normal(size=s).astype(np.float32) for s in ((70, 8),) * 2 + ((70, 2),)
+    )
 
-    def loss(scores):
-        chosen = api.top_k(scores, 2, backend=backend)
-        return jnp.sum(jnp.take_along_axis(scores, chosen, axis=1) ** 2)
+    def chosen(scores, values):
+        ids, chosen = api.top_k(scores, 2, values_TE=values, backend=backend)
+        return chosen, ids
 
-    gradient, want = run(jax.jit(jax.grad(loss)), scores), np.zeros_like(scores)
-    rows, ids = np.arange(70)[:, None], numpy_top_k(scores, 2)
-    want[rows, ids] = 2 * scores[rows, ids]
-    assert np.allclose(gradient, want, rtol=1e-6)
+    def function(scores, values, ct):
+        out, pull, ids = jax.vjp(chosen, scores, values, has_aux=True)
+        return out, ids, *pull(ct)
+
+    out, ids, scores_ct, values_ct = run(jax.jit(function), scores, values, ct)
+    want, rows = np.zeros_like(values), np.arange(70)[:, None]
+    want[rows, ids] = ct
+    assert np.array_equal(ids, numpy_top_k(scores, 2))
+    assert np.array_equal(out, values[rows, ids])
+    assert np.array_equal(values_ct, want) and not scores_ct.any()
 
 
 def numpy_sorted_places(ids, groups, alignment, places):
@@ -163,6 +175,32 @@ def test_lopsided_places(rng, backend):
         check_places(ids, 7, 128, backend)
 
 
+@pytest.mark.parametrize("backend", EMULATED)
+@pytest.mark.parametrize(
+    "rows,copies,groups", [(1, 2, 8), (16, 8, 128), (300, 8, 70), (4096, 1, 3), (77, 6, 512)]
+)
+def test_sorted_tiles(rng, rows, copies, groups, backend):
+    """The layout of `sorted_places` and its tiles; negative ids are none too."""
+    ids = distinct_ids(rng, rows, copies, groups)
+    ids = np.where(rng.random(ids.shape) < 0.1, -rng.integers(1, 9, ids.shape), ids)
+    ids = ids.astype(np.int32)
+    places = room(ids, groups, 128)
+    function = partial(api.sorted_tiles, groups=groups, places=places, backend=backend)
+    *layout, tiles = run(jax.jit(function), ids)
+    wanted = numpy_sorted_places(ids, groups, 128, places)
+    for value, want in zip(layout, wanted):
+        assert np.array_equal(value, want)
+    group, in_tile = [], []
+    for g in range(groups):
+        count = np.sum(ids == g)
+        group += [g] * -(-count // 128)
+        in_tile += [min(128, count - first) for first in range(0, count, 128)]
+    rest = places // 128 - len(group)
+    assert tiles.count == [len(group)]
+    assert np.array_equal(tiles.group, group + [groups - 1] * rest)
+    assert np.array_equal(tiles.rows, in_tile + [0] * rest)
+
+
 def test_many_small_places(rng):
     """One compiled function; with every share of assignments to none."""
     for none in np.linspace(0, 1, 40):
@@ -184,7 +222,7 @@ def test_lowering_for_cuda(tokens, experts, k):
     """Both kernels become CUDA programs on a machine without a GPU."""
 
     def route(scores):
-        ids = api.top_k(scores, k, backend="mosaic_gpu")
+        ids = api.top_k(scores, k, backend="mosaic_gpu")[0]
         return api.sorted_places(
             ids, groups=experts, alignment=128, places=2**16, backend="mosaic_gpu"
         )
@@ -204,8 +242,11 @@ def test_lowering_of_many_groups():
 
 
 def test_refusals(rng):
-    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: 12 experts are no multiple of 8"):
-        api.top_k(jnp.zeros((4, 12)), 2, backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: 2000 experts; the kernel takes"):
+        api.top_k(jnp.zeros((4, 2000)), 2, backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: 9000 assignments; one block takes"):
+        ids = jnp.zeros((4500, 2), jnp.int32)
+        api.sorted_tiles(ids, groups=4, places=9600, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"scores are bfloat16"):
         api.top_k(jnp.zeros((4, 8), jnp.bfloat16), 2, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"40 assignments a row"):
@@ -217,12 +258,12 @@ def test_refusals(rng):
     with pytest.raises(ValueError, match=r"k=9 must lie between 1 and the 8 experts"):
         api.top_k(jnp.zeros((4, 8)), 9)
     scores = rng.normal(size=(4, 12)).astype(np.float32)  # falls through to the reference
-    assert np.array_equal(api.top_k(jnp.asarray(scores), 2), numpy_top_k(scores, 2))
+    assert np.array_equal(api.top_k(jnp.asarray(scores), 2)[0], numpy_top_k(scores, 2))
 
 
 def test_explanation():
-    assert api.explain_top_k(64, 512, 8) == (
-        "top_k: reference; not mosaic_gpu: 512 experts are no multiple of 8 up to 256"
+    assert api.explain_top_k(64, 512, 40) == (
+        "top_k: reference; not mosaic_gpu: the 40 best; the kernel takes up to 32"
     )
     assert api.explain_sorted_places(0, 2, 8) == (
         "sorted_places: reference; not mosaic_gpu: no rows, no assignments or no groups"

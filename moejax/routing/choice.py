@@ -24,18 +24,23 @@ def selection_scores(
 ) -> Float32[Array, "T E"]:
     """What the choice compares: probabilities, sigmoids or logits, plus the selection bias.
 
+    Where nothing but the order counts, probabilities are left as logits: the order is theirs, and
+    what rounding makes equal stays apart.
+
     Args:
         logits_TE: float32 [T, E].
-        config: only `score_function` is read.
+        config: `score_function` and the fields on groups are read.
         bias_E: float32 [E], or None for no bias.
 
     Returns:
         float32 [T, E], without gradient.
     """
+    grouped = config.top_groups < config.num_groups
+    only_order = bias_E is None and not (grouped and config.group_score != "max")
     match config.score_function:
-        case "softmax":
+        case "softmax" if not only_order:
             select_TE = jax.nn.softmax(logits_TE, axis=-1)
-        case "sigmoid":
+        case "sigmoid" if not only_order:
             select_TE = jax.nn.sigmoid(logits_TE)
         case _:  # topk_softmax compares before it normalises
             select_TE = logits_TE
@@ -44,17 +49,21 @@ def selection_scores(
     return lax.stop_gradient(select_TE)
 
 
-def choose_experts(select_TE: Float32[Array, "T E"], config: RouterConfig) -> Int32[Array, "T K"]:
+def choose_experts(
+    select_TE: Float32[Array, "T E"], values_TE: Float32[Array, "T E"], config: RouterConfig
+) -> tuple[Int32[Array, "T K"], Float32[Array, "T K"]]:
     """The K best experts of each token, within its best groups.
 
     Among equal scores the lower id wins, for groups as for experts.
 
     Args:
         select_TE: float32 [T, E], as `selection_scores` returns them.
+        values_TE: float32 [T, E].
         config: `top_k`, `num_groups`, `top_groups` and `group_score` are read.
 
     Returns:
-        int32 [T, K], distinct within a token, by descending score.
+        int32 [T, K], distinct within a token, by descending score; their values [T, K], through
+        which gradients pass.
 
     Source: groups by `max`, arXiv 2405.04434 §2.1.3; by the sum of the 2 best, arXiv 2412.19437
     §2.1.2.
@@ -62,7 +71,7 @@ def choose_experts(select_TE: Float32[Array, "T E"], config: RouterConfig) -> In
     if config.top_groups < config.num_groups:
         # A biased score may be negative, so experts out of reach get -inf, not 0.
         select_TE = jnp.where(_within_best_groups(select_TE, config), select_TE, -jnp.inf)
-    return top_k(select_TE, config.top_k)
+    return top_k(select_TE, config.top_k, values_TE=values_TE)
 
 
 def _within_best_groups(select_TE: jax.Array, config: RouterConfig) -> jax.Array:

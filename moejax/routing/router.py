@@ -86,17 +86,19 @@ def route(
     log_scores_TE = jax.nn.log_sigmoid(logits_TE) if sigmoid else logits_TE
     probs_TE = jax.nn.softmax(log_scores_TE, axis=-1)
 
+    renormalize = config.renormalize or config.score_function == "topk_softmax"
+    # What is normalised over the chosen is their logarithms; sigmoids commute with the choice.
+    values_TE = log_scores_TE if renormalize else logits_TE if sigmoid else probs_TE
     if config.forced_balance:
         experts_TK = deal_experts(num_tokens, config, axes)
+        scores_TK = _of_chosen(values_TE, experts_TK)
     else:
-        experts_TK = choose_experts(selection_scores(logits_TE, config, bias_E), config)
-
-    if config.renormalize or config.score_function == "topk_softmax":
-        scores_TK = jax.nn.softmax(_of_chosen(log_scores_TE, experts_TK), axis=-1)
+        select_TE = selection_scores(logits_TE, config, bias_E)
+        experts_TK, scores_TK = choose_experts(select_TE, values_TE, config)
+    if renormalize:
+        scores_TK = jax.nn.softmax(scores_TK, axis=-1)
     elif sigmoid:
-        scores_TK = jax.nn.sigmoid(_of_chosen(logits_TE, experts_TK))
-    else:
-        scores_TK = _of_chosen(probs_TE, experts_TK)
+        scores_TK = jax.nn.sigmoid(scores_TK)
     scores_TK = scores_TK * config.scaling_factor
 
     entropy_T = lax.stop_gradient(jnp.sum(entr(probs_TE), axis=-1))

@@ -2,7 +2,7 @@
 
 Backends are tried in order; one that cannot serve a case raises NotImplementedError with the
 reason. `explain_top_k` and `explain_sorted_places` say which was chosen and why others were not.
-Nothing here has a gradient.
+No gradient passes through a choice.
 """
 
 from __future__ import annotations
@@ -10,15 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import backends
 from pallas_kernels.hopper.compat import hopper_refusal
-from pallas_kernels.route import mosaic_gpu, reference
+from pallas_kernels.hopper.tiles import ROWS, TileMap, tile_map
+from pallas_kernels.route import block_layout, mosaic_gpu, reference, warp_top_k
 
-__all__ = ["BACKENDS", "explain_sorted_places", "explain_top_k", "sorted_places", "top_k"]
+__all__ = [
+    "BACKENDS",
+    "explain_sorted_places",
+    "explain_top_k",
+    "sorted_places",
+    "sorted_tiles",
+    "top_k",
+]
 
 BACKENDS = ("mosaic_gpu", "reference")
 
@@ -36,7 +45,7 @@ def _refusal(shape_refusal: str | None) -> Callable[[str, bool], str | None]:
 
 def explain_top_k(tokens: int, experts: int, k: int, dtype: Any = jnp.float32) -> str:
     """One line: the backend that serves this shape, and why those before it do not."""
-    refusal = _refusal(mosaic_gpu.top_k_refusal(tokens, experts, k, dtype))
+    refusal = _refusal(warp_top_k.refusal(tokens, experts, k, dtype))
     return backends.explain("top_k", BACKENDS, refusal)
 
 
@@ -46,18 +55,49 @@ def explain_sorted_places(rows: int, copies: int, groups: int) -> str:
     return backends.explain("sorted_places", BACKENDS, refusal)
 
 
+@jax.custom_vjp
+def _chosen(values_TE: jax.Array, ids_Tk: jax.Array, chosen_Tk: jax.Array) -> jax.Array:
+    """The chosen values, which are known; their gradient goes where they came from."""
+    return chosen_Tk
+
+
+def _chosen_fwd(values_TE, ids_Tk, chosen_Tk):
+    return chosen_Tk, (ids_Tk, values_TE)
+
+
+def _chosen_bwd(residuals, ct_Tk):
+    ids_Tk, values_TE = residuals
+    rows = jnp.arange(ids_Tk.shape[0], dtype=jnp.int32)[:, None]
+    # Ids are distinct within a row: additions need no order, on a GPU fast and deterministic.
+    ct_TE = (
+        jnp.zeros_like(values_TE)
+        .at[rows, ids_Tk]
+        .add(ct_Tk, unique_indices=True, mode="promise_in_bounds")
+    )
+    return ct_TE, None, None
+
+
+_chosen.defvjp(_chosen_fwd, _chosen_bwd)
+
+
 def top_k(
-    scores_TE: Float[Array, "T E"], k: int, *, backend: str | None = None
-) -> Int32[Array, "T k"]:
-    """Ids of the k best experts of each token, descending; of equal scores the lower id first.
+    scores_TE: Float[Array, "T E"],
+    k: int,
+    *,
+    values_TE: Float32[Array, "T E"] | None = None,
+    backend: str | None = None,
+) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
+    """The k best experts of each token, descending; of equal scores the lower id first.
 
     Args:
         scores_TE: scores; -inf for experts that must not be chosen while k others are left.
         k: at most E.
+        values_TE: what is returned of the chosen; None: the scores.
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
-        int32 [T, k], distinct ids in a row even where scores are -inf or NaN. No gradient.
+        int32 ids [T, k], distinct in a row even where scores are -inf or NaN; their values [T, k].
+        Gradients pass to the values, not through the choice.
 
     Raises:
         NotImplementedError: no backend can serve this; the message has each one's reason.
@@ -66,11 +106,12 @@ def top_k(
     tokens, experts = scores_TE.shape
     if not 0 < k <= experts:
         raise ValueError(f"top_k: k={k} must lie between 1 and the {experts} experts")
-    refusal = _refusal(mosaic_gpu.top_k_refusal(tokens, experts, k, scores_TE.dtype))
-    scores_TE = lax.stop_gradient(scores_TE)
-    if backends.choose("top_k", BACKENDS, backend, refusal) == "mosaic_gpu":
-        return mosaic_gpu.top_k(scores_TE, k)
-    return reference.top_k(scores_TE, k)
+    values_TE = scores_TE if values_TE is None else values_TE
+    refusal = _refusal(warp_top_k.refusal(tokens, experts, k, scores_TE.dtype))
+    name = backends.choose("top_k", BACKENDS, backend, refusal)
+    function = warp_top_k.top_k if name == "mosaic_gpu" else reference.top_k
+    ids, chosen = function(lax.stop_gradient(scores_TE), lax.stop_gradient(values_TE), k)
+    return ids, _chosen(values_TE, ids, chosen)
 
 
 def sorted_places(
@@ -106,3 +147,30 @@ def sorted_places(
     chosen = backends.choose("sorted_places", BACKENDS, backend, refusal)
     module = mosaic_gpu if chosen == "mosaic_gpu" else reference
     return module.sorted_places(ids_RJ, groups=groups, alignment=alignment, places=places)
+
+
+def sorted_tiles(
+    ids_RJ: Int32[Array, "R J"], *, groups: int, places: int, backend: str | None = None
+) -> tuple[Int32[Array, "R J"], Int32[Array, " G"], Int32[Array, " M"], TileMap]:
+    """`sorted_places` for the Hopper kernels, with their list of tiles.
+
+    Args:
+        ids_RJ: as for `sorted_places`; negative ones are none too.
+        groups: G.
+        places: M, as for `sorted_places` with the alignment `tiles.ROWS`.
+        backend: `mosaic_gpu` lays few assignments out by one kernel, `reference` takes whatever
+            `sorted_places` takes; None tries them in order.
+
+    Returns:
+        Those of `sorted_places`, and the tiles.
+
+    Raises:
+        NotImplementedError: the backend cannot serve this.
+    """
+    rows, copies = ids_RJ.shape
+    refusal = _refusal(block_layout.refusal(rows, copies, groups, places))
+    if backends.choose("sorted_tiles", BACKENDS, backend, refusal) == "mosaic_gpu":
+        return block_layout.layout(ids_RJ, groups=groups, places=places)
+    ids_RJ = jnp.where(ids_RJ < 0, groups, ids_RJ)
+    place_RJ, sizes_G, copy_M = sorted_places(ids_RJ, groups=groups, alignment=ROWS, places=places)
+    return place_RJ, sizes_G, copy_M, tile_map(sizes_G, places, copy_M < ids_RJ.size)

@@ -1,8 +1,8 @@
-"""Route on Hopper: a warpgroup keeps 64 rows in registers, in the layout of wgmma accumulators.
+"""The sorted layout of many assignments on Hopper.
 
-There a quad of lanes shares a row, so that a reduction along it takes two shuffles. Neither kernel
-sorts: top-k takes the best k times over, and the sorted layout needs only how many assignments to
-the same group come before each one.
+A warpgroup keeps 64 rows in registers, in the layout of wgmma accumulators. There a quad of lanes
+shares a row, so that a reduction along it takes two shuffles. Nothing is sorted: the layout needs
+only how many assignments to the same group come before each one.
 """
 
 from __future__ import annotations
@@ -19,28 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import COMPILER_PARAMS, load_rows, named_kernel
 from pallas_kernels.hopper.tiles import swizzled
 
-__all__ = ["sorted_places", "sorted_places_refusal", "top_k", "top_k_refusal"]
+__all__ = ["sorted_places", "sorted_places_refusal"]
 
 ROWS = 64  # of a warpgroup
 LANE_COLUMNS = 8  # arrays in this layout have a multiple of as many columns
-MAX_EXPERTS = 256  # 128 registers of a thread
 MAX_COPIES = 32
 MAX_ROWS = 2**24
 CHUNK = 128  # groups that are counted at a time
 SPAN = 1024  # tiles that are summed up in one product
 
-INT_MIN, INT_MAX = -(2**31), 2**31 - 1
-
-
-def top_k_refusal(tokens: int, experts: int, k: int, dtype: Any) -> str | None:
-    """Why the kernel cannot serve this, or None."""
-    if dtype != jnp.float32:
-        return f"scores are {jnp.dtype(dtype).name}, the kernel takes float32"
-    if tokens == 0:
-        return "no tokens"
-    if experts % LANE_COLUMNS or experts > MAX_EXPERTS:
-        return f"{experts} experts are no multiple of {LANE_COLUMNS} up to {MAX_EXPERTS}"
-    return None
+INT_MAX = 2**31 - 1
 
 
 def sorted_places_refusal(rows: int, copies: int, groups: int) -> str | None:
@@ -84,52 +72,6 @@ def _kernel(
         grid_names=("tile",),
         compiler_params=params,
     )
-
-
-def _ordered(scores: Any) -> Any:
-    """float32 -> int32 in the same order, where -0.0 equals 0.0 and none is INT_MIN."""
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
-    key = jnp.where(bits < 0, bits ^ INT_MAX, bits)
-    key = jnp.where(key == -1, 0, key)
-    return jnp.maximum(key, INT_MIN + 1)
-
-
-def top_k(scores_TE: jax.Array, k: int) -> jax.Array:
-    """Ids of the k best experts, descending, the lower id first among equal scores.
-
-    Args:
-        scores_TE: float32.
-        k: at most E.
-
-    Returns:
-        int32 [T, k].
-    """
-    tokens, experts = scores_TE.shape
-    if tokens < ROWS:
-        scores_TE = jnp.pad(scores_TE, ((0, ROWS - tokens), (0, 0)))
-    rows = max(tokens, ROWS)
-    width = _round_up(k, LANE_COLUMNS)
-
-    def body(scores, out):
-        # The last tile overlaps the one before it and writes the same ids again.
-        row = jnp.minimum(lax.axis_index("tile") * ROWS, rows - ROWS)
-        at = (pl.ds(row, ROWS), slice(None))
-        key = _ordered(load_rows(scores.at[at], plgpu.Layout.WGMMA))
-        column, place = _iota((ROWS, experts), 1), _iota((ROWS, width), 1)
-
-        def take(j, carry):
-            key, ids = carry
-            best = _across(jnp.max(key, axis=1), experts)
-            id_ = jnp.min(jnp.where(key == best, column, experts), axis=1)
-            key = jnp.where(column == _across(id_, experts), INT_MIN, key)
-            return key, jnp.where(place == j, _across(id_, width), ids)
-
-        ids = _full((ROWS, width), 0, jnp.int32)
-        out[at] = lax.fori_loop(0, k, take, (key, ids))[1]
-
-    out_type = jax.ShapeDtypeStruct((rows, width), jnp.int32)
-    ids = _kernel(body, "top_k", -(-rows // ROWS), out_type, [], COMPILER_PARAMS)(scores_TE)
-    return ids[:tokens, :k]
 
 
 def _ranks(ids_RJ: jax.Array, copies: int, groups: int) -> Any:
