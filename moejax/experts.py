@@ -20,11 +20,11 @@ from moejax.model.initializers import INIT_STD
 from moejax.placement.arrays import Placement, gather_bank, home_slots, num_slots
 from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.grouped_matmul.api import grouped_matmul, row_alignment
-from pallas_kernels.route.api import sorted_places
+from pallas_kernels.route.api import sorted_places, sorted_tiles
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
-__all__ = ["ExpertBank", "ExpertWeights", "explain_experts", "run_experts"]
+__all__ = ["ExpertBank", "ExpertWeights", "explain_experts", "places_for", "run_experts"]
 
 
 @jax.tree_util.register_dataclass
@@ -102,11 +102,24 @@ class ExpertBank(nnx.Module):
             None if self.b_out is None else _once_along_tensor(fetch(self.b_out)),
         )
 
+    def run(
+        self, rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
+    ) -> jax.Array:
+        """As `run_experts`."""
+        return run_experts(rows, weights, budget=budget, config=config)
+
 
 def _once_along_tensor(bias: jax.Array) -> jax.Array:
     """A bias added to partial sums counts on one tensor rank; every rank gets its gradient."""
     bias = collectives.enter_parallel(bias, TENSOR)
     return jnp.where(collectives.axis_index(TENSOR) == 0, bias, jnp.zeros_like(bias))
+
+
+def places_for(slots: int, assignments: int, alignment: int) -> int:
+    """Room for all assignments, each slot's padded to a multiple of the alignment."""
+    busy = min(slots, assignments)  # groups that can need padding at all
+    places = assignments + busy * (alignment - 1)
+    return -(-places // alignment) * alignment
 
 
 def _sorted_layout(
@@ -123,12 +136,11 @@ def _sorted_layout(
     Returns:
         the map (rows' assignments ↔ places), and group sizes int32 [S].
     """
-    busy = min(slots, assignments)  # groups that can need padding at all
-    places = assignments + busy * (alignment - 1)
-    places = -(-places // alignment) * alignment
-
     place_RJ, sizes_S, copy_A = sorted_places(
-        ids_RJ, groups=slots, alignment=alignment, places=places
+        ids_RJ,
+        groups=slots,
+        alignment=alignment,
+        places=places_for(slots, assignments, alignment),
     )
     return RowMap(place_RJ, copy_A), sizes_S
 
@@ -166,16 +178,18 @@ def run_experts(
     """
     slots, d_model, num_in, hidden = weights.w_in_SDNH.shape
     assignments, dtype = min(budget.assignments, rows.ids_RJ.size), rows.x_RD.dtype
-    if fused.refusal("mosaic_gpu", _case(d_model, hidden, config, dtype)) is None:
-        layout, sizes_S = _sorted_layout(rows.ids_RJ, slots, assignments, fused.ROW_ALIGNMENT)
+    if fused.kernels_serve(_case(d_model, hidden, config, dtype)):
+        places = places_for(slots, assignments, fused.ROW_ALIGNMENT)
+        place_RJ, sizes_S, copy_A, tiles = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
         return fused.fused_experts(
             rows.x_RD,
             weights.w_in_SDNH,
             weights.w_out_SHD,
             rows.scores_RJ,
-            layout.row_NJ,
-            layout.copy_M,
+            place_RJ,
+            copy_A,
             sizes_S,
+            tiles=tiles,
             activation=config.activation,
         )
 

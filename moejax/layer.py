@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -20,10 +21,11 @@ from moejax import exchange
 from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.exchange.counters import ExchangeCounters, over_devices
-from moejax.experts import ExpertBank, run_experts
+from moejax.experts import ExpertBank
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
 from moejax.placement.arrays import Placement, home_slots, num_slots, place
+from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
 from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
@@ -88,7 +90,7 @@ class MoELayer(nnx.Module):
         self.expert_devices = expert_devices
         self.hosts = None if hosts is None else tuple(hosts)
         self.router = Router(d_model, config.router, rngs=rngs)
-        self.bank = ExpertBank(
+        self.bank: ExpertBank | QuantizedExpertBank = ExpertBank(
             d_model,
             config.router.num_experts,
             config.experts,
@@ -140,13 +142,30 @@ class MoELayer(nnx.Module):
         x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)
         weights = self.bank.weights(placement, x_TD.dtype)
         plan = exchange.make_plan(slots_TK, budget)
-        experts = partial(run_experts, budget=budget, config=self.config.experts)
+        experts = partial(self.bank.run, budget=budget, config=self.config.experts)
         y_TD = exchange.run_waves(x_in, scores_TK, weights, plan, budget, experts)
         y_TD = exit_parallel(y_TD + self._shared(x_in), TENSOR).astype(x_TD.dtype)
         counters = exchange.count(plan, budget, dropped, self.hosts)
         return y_TD, MoEAux(
             routing.losses, routing.counts_E, routing.entropy_sum, routing.num_tokens, counters
         )
+
+    def quantize_experts(
+        self, dtype: WeightDtype, *, rows: ExpertRows = "compute", tensor: int = 1
+    ) -> None:
+        """Replaces the routed experts' weights by 8-bit ones; afterwards the layer only infers.
+
+        Args:
+            dtype: `int8` or `float8_e4m3fn`.
+            rows: `float8` multiplies rows as float8, too: for prompts, at a cost in accuracy.
+            tensor: devices along the mesh's `tensor` axis.
+
+        Raises:
+            UserError: they cannot be, see `QuantizedExpertBank`.
+        """
+        if not isinstance(self.bank, ExpertBank):
+            raise UserError("quantize_experts called again: the experts are quantized already")
+        self.bank = QuantizedExpertBank(self.bank, dtype, rows=rows, tensor=tensor)
 
     def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:
         """The static sizes and the mode of the exchange for T tokens a device."""
@@ -178,8 +197,10 @@ class MoELayer(nnx.Module):
             )
         if placement is not None:
             return place(experts_TK, placement, budget.slots), budget, dropped
-        home_E = jnp.asarray(home_slots(num_experts, self.expert_devices))
-        slots_TK = jnp.where(experts_TK >= 0, home_E[jnp.maximum(experts_TK, 0)], -1)
+        home_E = home_slots(num_experts, self.expert_devices)
+        if np.array_equal(home_E, np.arange(num_experts)):
+            return experts_TK, budget, dropped
+        slots_TK = jnp.where(experts_TK >= 0, jnp.asarray(home_E)[jnp.maximum(experts_TK, 0)], -1)
         return slots_TK, budget, dropped
 
     def _shared(self, x_TD: jax.Array) -> jax.Array:

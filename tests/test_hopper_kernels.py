@@ -263,7 +263,7 @@ def test_explanations():
     if not ON_GPU:
         assert fused.explain(case) == (
             "fused_experts: not mosaic_gpu: the device is 'cpu', no NVIDIA GPU of capability 9.0; "
-            "grouped products and gathers instead"
+            "not mosaic_tpu: hidden=64 is no multiple of 128; grouped products and gathers instead"
         )
     for changed, reason in (
         (fused.Case(160, 64, "swiglu", jnp.bfloat16), "d_model=160 is no multiple of 64"),

@@ -17,15 +17,27 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import backends
-from pallas_kernels.fused_experts import mosaic_gpu, reference
+from pallas_kernels.fused_experts import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
-from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.hopper.compat import hopper_refusal
-from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.hopper.config import check_reserve
+from pallas_kernels.hopper.tiles import ROWS, TileMap, tile_map
+from pallas_kernels.tpu.compat import tpu_refusal
+from pallas_kernels.tpu.tiles import LANES
 
-__all__ = ["BACKENDS", "ROW_ALIGNMENT", "Case", "explain", "fused_experts", "refusal"]
+__all__ = [
+    "BACKENDS",
+    "ROW_ALIGNMENT",
+    "Case",
+    "explain",
+    "fused_experts",
+    "kernels_serve",
+    "refusal",
+    "sum_places",
+]
 
-BACKENDS = ("mosaic_gpu", "reference")
+BACKENDS = ("mosaic_gpu", "mosaic_tpu", "reference")
+_KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 ROW_ALIGNMENT = ROWS
 """The multiple of rows to which slots must be padded for the kernels."""
 
@@ -57,23 +69,33 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
         return "the experts have biases"
     if case.activation not in ACTIVATIONS:
         return f"activation {case.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if backend != "mosaic_gpu":
+    if backend not in _KERNELS:
         return None
+    multiple, device_refusal = 64, hopper_refusal
+    if backend == "mosaic_tpu":
+        multiple, device_refusal = LANES, tpu_refusal
     for name, size in (("d_model", case.d_model), ("hidden", case.hidden)):
-        if size % 64:
-            return f"{name}={size} is no multiple of 64"
-    return hopper_refusal(case.dtype, forced=forced)
+        if size % multiple:
+            return f"{name}={size} is no multiple of {multiple}"
+    return device_refusal(case.dtype, forced=forced)
+
+
+def kernels_serve(case: Case) -> bool:
+    """Whether a backend other than the reference serves."""
+    return any(refusal(name, case) is None for name in _KERNELS)
 
 
 def explain(case: Case) -> str:
     """One line: whether the kernels serve this layer, and why not."""
-    reason = refusal("mosaic_gpu", case)
-    if reason is None:
-        return "fused_experts: mosaic_gpu"
-    return f"fused_experts: not mosaic_gpu: {reason}; grouped products and gathers instead"
+    if kernels_serve(case):
+        return backends.explain(
+            "fused_experts", BACKENDS, lambda name, forced: refusal(name, case, forced=forced)
+        )
+    reasons = "; ".join(f"not {name}: {refusal(name, case)}" for name in _KERNELS)
+    return f"fused_experts: {reasons}; grouped products and gathers instead"
 
 
-def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):
+def sum_places(rows_AD, weights_RJ, place_RJ, dtype):
     """Each row's places, weighted and summed in float32."""
     if place_RJ.size <= FEW_COPIES:
         # One after the other a row's reads would each take a memory's latency; side by side, one.
@@ -88,76 +110,73 @@ def _sum_places(rows_AD, weights_RJ, place_RJ, dtype):
     return jnp.sum(taken_RJD, axis=1).astype(dtype)
 
 
-def _rows_of(x_RD, source_A, hidden):
-    """(rows, their index or None): gathered beforehand where the experts are wide.
+def _rows_of(x_RD, copy_A, copies, within):
+    """(rows, the copy at each place or None): gathered beforehand or within the products."""
+    if within:
+        return x_RD, copy_A
+    return x_RD.at[copy_A // copies].get(mode="fill", fill_value=0), None
 
-    A gather inside of a product costs about a tenth of it, and one beforehand the bytes of its
-    rows, written and read. From this width on the second is less.
+
+def _options(place_RJ, hidden, backend, reserve, *, few=False):
+    """What the Hopper kernels choose their sizes by, and whether they gather rows themselves.
+
+    A gather within a product of many rows costs about a tenth of it, and one beforehand the bytes
+    of its rows, written and read: less where experts are wide.
     """
-    if hidden < WIDE:
-        return x_RD, source_A
-    return x_RD.at[source_A].get(mode="fill", fill_value=0), None
+    if backend != "mosaic_gpu":
+        return {}, False
+    copies = place_RJ.shape[1]
+    options = {"assignments": place_RJ.size, "reserve_sms": reserve, "copies": copies}
+    return options, few or hidden < WIDE
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _fused(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation):
-    inputs = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
-    return _forward(*inputs, activation, False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _fused(arrays, layout, activation, backend, reserve):
+    return _forward(arrays, layout, activation, backend, reserve, keep=False)[0]
 
 
-def _forward(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, keep):
-    hidden = w_out.shape[1]
-    wanted_A = None
-    if not keep and place_RJ.size <= FEW_ROWS * sizes_S.shape[0]:
-        wanted_A = copy_A < place_RJ.size
-    rows, index = _rows_of(x_RD, copy_A // place_RJ.shape[1], hidden)
-    a_AH, h_AM = mosaic_gpu.up(
-        rows, w_in, index, sizes_S, activation=activation, keep=keep, wanted_A=wanted_A
-    )
-    y_AD = products.grouped_matmul(a_AH, w_out, sizes_S, wanted_M=wanted_A, name="experts_down")
-    return _sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype), h_AM
+def _forward(arrays, layout, activation, backend, reserve, *, keep):
+    x_RD, w_in, w_out, scores_RJ = arrays
+    place_RJ, copy_A, sizes_S, tiles = layout
+    kernels = _KERNELS[backend]
+    few = not keep and place_RJ.size <= FEW_ROWS * sizes_S.shape[0]
+    options, within = _options(place_RJ, w_out.shape[1], backend, reserve, few=few)
+    if backend == "mosaic_gpu":
+        if few and tiles is None:
+            tiles = tile_map(sizes_S, copy_A.shape[0], copy_A < place_RJ.size)
+        options |= {"tiles": tiles, "few": few}
+    rows, index = _rows_of(x_RD, copy_A, place_RJ.shape[1], within)
+    a_AH, h = kernels.up(rows, w_in, index, sizes_S, activation=activation, keep=keep, **options)
+    y_AD = kernels.down(a_AH, w_out, sizes_S, **options)
+    return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype), h
 
 
-def _fused_fwd(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation):
-    inputs = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
-    out, h_AM = _forward(*inputs, activation, True)
-    return out, (inputs, h_AM)
+def _fused_fwd(arrays, layout, activation, backend, reserve):
+    out, h = _forward(arrays, layout, activation, backend, reserve, keep=True)
+    return out, (arrays, layout, h)
 
 
-def _fused_bwd(activation, residuals, ct_RD):
-    (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S), h_AM = residuals
-    slots, d_model, parts, hidden = w_in.shape
-    source_A = copy_A // place_RJ.shape[1]
+def _fused_bwd(activation, backend, reserve, residuals, ct_RD):
+    (x_RD, w_in, w_out, scores_RJ), (place_RJ, copy_A, sizes_S, _), h = residuals
+    kernels, copies = _KERNELS[backend], place_RJ.shape[1]
+    options, within = _options(place_RJ, w_out.shape[1], backend, reserve)
     scores_A = scores_RJ.reshape(-1).at[copy_A].get(mode="fill", fill_value=0)
-    ct_rows, ct_index = _rows_of(ct_RD, source_A, hidden)
-    h_ct, weighted_AH, partial_sums = mosaic_gpu.down_backward(
-        ct_rows, w_out, h_AM, scores_A, ct_index, sizes_S, activation=activation
+    ct_rows, ct_index = _rows_of(ct_RD, copy_A, copies, within)
+    h_ct, weighted_AH, partial_sums = kernels.down_backward(
+        ct_rows, w_out, h, scores_A, ct_index, sizes_S, activation=activation, **options
     )
-    x_ct_AD = products.grouped_matmul(
-        h_ct,
-        w_in.reshape(slots, d_model, parts * hidden),
-        sizes_S,
-        transpose_rhs=True,
-        name="rows_gradient",
-    )
-    rows, index = _rows_of(x_RD, source_A, hidden)
-    gather_lhs, gather_ct = ("", "") if index is None else ("lhs", "rhs")
-    w_in_ct = products.weights_gradient(
-        rows, h_ct, sizes_S, index_M=index, gather=gather_lhs, name="w_in_gradient"
-    )
-    w_out_ct = products.weights_gradient(
-        weighted_AH, ct_rows, sizes_S, index_M=ct_index, gather=gather_ct, name="w_out_gradient"
-    )
+    x_ct_AD = kernels.rows_gradient(h_ct, w_in, sizes_S, **options)
+    rows, index = _rows_of(x_RD, copy_A, copies, within)
+    w_in_ct = kernels.w_in_gradient(rows, h_ct, index, sizes_S, **options)
+    w_out_ct = kernels.w_out_gradient(weighted_AH, ct_rows, ct_index, sizes_S, **options)
     scores_ct_A = jnp.sum(partial_sums, axis=0)
-    return (
-        _sum_places(x_ct_AD, None, place_RJ, x_RD.dtype),
+    cotangents = (
+        sum_places(x_ct_AD, None, place_RJ, x_RD.dtype),
         w_in_ct.reshape(w_in.shape),
         w_out_ct,
         scores_ct_A.at[place_RJ].get(mode="fill", fill_value=0),
-        None,
-        None,
-        None,
     )
+    return cotangents, None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -173,7 +192,9 @@ def fused_experts(
     sizes_S: Int32[Array, " S"],
     *,
     activation: str,
+    tiles: TileMap | None = None,
     backend: str | None = None,
+    reserve_sms: int = 0,
 ) -> Float[Array, "R D"]:
     """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
 
@@ -186,7 +207,11 @@ def fused_experts(
         copy_A: the flat assignment r·J + j of each place; R·J for none.
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
         activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        tiles: of the slots, for the Hopper kernels, as `route.api.sorted_tiles` makes them; None
+            makes the list here.
         backend: one of `BACKENDS`; None tries them in order.
+        reserve_sms: streaming multiprocessors that the Hopper kernels leave free, the backward's
+            too, for communication at the same time. Other backends take what XLA gives them.
 
     Returns:
         [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections
@@ -195,7 +220,9 @@ def fused_experts(
 
     Raises:
         NotImplementedError: no backend serves; the message has each one's reason.
+        ValueError: `reserve_sms` is no number of multiprocessors, or leaves none.
     """
+    check_reserve(reserve_sms)
     case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)
@@ -205,8 +232,10 @@ def fused_experts(
         backend,
         lambda name, forced: refusal(name, case, forced=forced),
     )
-    if chosen == "mosaic_gpu":
-        return _fused(x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ, copy_A, sizes_S, activation)
+    if chosen in _KERNELS:
+        arrays = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ)
+        layout = (place_RJ, copy_A, sizes_S, tiles)
+        return _fused(arrays, layout, activation, chosen, reserve_sms)
     source_A = copy_A // place_RJ.shape[1]
     return reference.fused_experts(
         x_RD,

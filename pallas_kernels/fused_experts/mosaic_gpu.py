@@ -1,36 +1,25 @@
 """Fused experts on Hopper: the kernels of the forward and of the backward.
 
 Forward: `up` gathers token rows, multiplies with the input projections and applies the activation;
-`down` multiplies with the output projection. Backward: `down_backward` gathers the cotangents of
-tokens, multiplies with the output projection transposed, and in its epilogue recomputes the
-activation from the saved projections, so that only those are kept (as SonicMoE does, arXiv
-2512.14080).
+`down` multiplies with the output projection. Backward: `down_backward`, which has a module of its
+own, and the gradients of the rows and of both projections.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-from jax import lax
-from jax import numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
-from pallas_kernels.hopper.compat import load_rows
-from pallas_kernels.hopper.config import RING, RowsConfig, choose_config
+from pallas_kernels.fused_experts.down_backward import down_backward
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.hopper.config import RowsConfig, choose_config
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
-from pallas_kernels.hopper.tiles import (
-    COMPUTE,
-    HALF,
-    ROWS,
-    STRIP,
-    out_scratch,
-    store_strips,
-    swizzled,
-    tile_map,
-)
+from pallas_kernels.hopper.tiles import ROWS, TileMap, out_scratch, store_strips, tile_map
 
-__all__ = ["down_backward", "up"]
+__all__ = ["down", "down_backward", "rows_gradient", "up", "w_in_gradient", "w_out_gradient"]
 
 
 def _check_width(hidden: int, width: int) -> None:
@@ -42,35 +31,56 @@ def _check_width(hidden: int, width: int) -> None:
 def up(
     x_RD: jax.Array,
     w_in_SDNH: jax.Array,
-    source_A: jax.Array | None,
+    copy_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
     keep: bool,
-    wanted_A: jax.Array | None = None,
+    copies: int = 1,
+    tiles: TileMap | None = None,
+    few: bool = False,
+    assignments: int | None = None,
+    reserve_sms: int = 0,
     config: RowsConfig | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """act(x[source] @ w_in of the group).
+    """act(x[copy // copies] @ w_in of the group).
 
     Args:
-        x_RD: bfloat16 token rows; with no `source_A` [A, D], a row for each place.
+        x_RD: bfloat16 token rows; with no `copy_A` [A, D], a row for each place.
         w_in_SDNH: bfloat16 input projections; N is 2 for gated activations.
-        source_A: int32, the token row of each place; out of range in padding.
+        copy_A: int32, the copy of a token row at each place; out of range in padding.
         sizes_S: int32, multiples of 128.
         activation: name.
         keep: whether the projections are written too, for the backward.
-        wanted_A: bool, the places that hold a row, the first ones of each slot, where they are
-            few; others may be left unwritten. None: all are written.
+        copies: of a token row.
+        tiles: of the slots; None makes the list.
+        few: most tiles hold few rows: only those that `tiles` wants need be written.
+        assignments: places that are expected to hold a row, which the sizes may depend on; None:
+            all.
+        reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
 
     Returns:
         [A, H], and the projections [A, N·H] or None. Rows past the last group are not written.
     """
     act = ACTIVATIONS[activation]
-    _, d_model, parts, hidden = w_in_SDNH.shape
-    places = x_RD.shape[0] if source_A is None else source_A.shape[0]
-    tiles = 0 if wanted_A is None else places // ROWS
-    config = config or choose_config(hidden, tiles=tiles, parts=parts)
+    slots, d_model, parts, hidden = w_in_SDNH.shape
+    places = x_RD.shape[0] if copy_A is None else copy_A.shape[0]
+    config = config or choose_config(
+        hidden,
+        tiles=places // ROWS if few else 0,
+        parts=parts,
+        reserve_sms=reserve_sms,
+        kernel="experts_up",
+        contraction=d_model,
+        groups=slots,
+        assignments=places if assignments is None else assignments,
+        flags={
+            "few": few,
+            "gather": copy_A is not None,
+            "keep": keep,
+        },
+    )
     tile_k = config.tile_k
     part_n = config.tile_n // parts
     _check_width(hidden, part_n)
@@ -93,130 +103,71 @@ def up(
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(x_RD.dtype)}),
         name="experts_up",
-        short=wanted_A is not None,
+        short=few,
         n_tiles=hidden // part_n,
         k_steps=-(-d_model // tile_k),
         parts=parts,
         rhs_slice=rhs_slice,
         transpose_rhs=False,
-        gather=source_A is not None,
+        gather=copy_A is not None,
+        copies=copies,
         config=config,
         out_type=out_type,
         dtype=x_RD.dtype,
     )
-    out = kernel(tile_map(sizes_S, places, wanted_A), source_A, x_RD, w_in_SDNH)
+    out = kernel(tiles or tile_map(sizes_S, places), copy_A, x_RD, w_in_SDNH)
     return out[0], out[1] if keep else None
 
 
-def down_backward(
-    ct_RD: jax.Array,
+def down(
+    a_AH: jax.Array,
     w_out_SHD: jax.Array,
-    h_AM: jax.Array,
-    scores_A: jax.Array,
-    source_A: jax.Array | None,
     sizes_S: jax.Array,
-    *,
-    activation: str,
-    config: RowsConfig | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """From the cotangent of the layer's output to those of the input projections.
+    **options: Any,
+) -> jax.Array:
+    """Products [A, D] with the output projections; `options` as for `up`."""
+    return products.grouped_matmul(a_AH, w_out_SHD, sizes_S, name="experts_down", **options)
 
-    Args:
-        ct_RD: bfloat16 cotangents of the token rows' sums; with no `source_A` [A, D].
-        w_out_SHD: bfloat16 output projections.
-        h_AM: bfloat16 input projections [A, N·H] kept by `up`.
-        scores_A: float32, the weight of each place; 0 in padding.
-        source_A: int32, the token row of each place; out of range in padding.
-        sizes_S: int32, multiples of 128.
-        activation: name.
-        config: sizes; None chooses.
 
-    Returns:
-        cotangent of h [A, N·H]; act(h) times the score [A, H]; float32 [tiles, A], partial sums of
-        the scores' cotangents.
-    """
-    act = ACTIVATIONS[activation]
-    _, hidden, d_model = w_out_SHD.shape
-    config = config or choose_config(hidden, ring=RING * 3 // 4)
-    places, tile_n, tile_k = h_AM.shape[0], config.tile_n, config.tile_k
-    _check_width(hidden, tile_n)
-    strips, n_tiles = tile_n // STRIP, hidden // tile_n
-    dtype = ct_RD.dtype
-
-    def rhs_slice(ref, group, part, n, k):
-        return ref.at[group, pl.ds(n * tile_n, tile_n), pl.ds(k * tile_k, tile_k)]
-
-    def fetch(strip, warpgroup, row, n, refs, scratch):
-        """Starts loading a strip of the kept projections."""
-        slot = strip % 2
-        for part in range(act.parts):
-            column = part * hidden + n * tile_n + strip * STRIP
-            plgpu.copy_gmem_to_smem(
-                refs[0].at[pl.ds(row, HALF), pl.ds(column, STRIP)],
-                scratch["h_smem"].at[warpgroup, slot, part],
-                scratch["h_full"].at[warpgroup * 2 + slot],
-            )
-
-    def begin(warpgroup, row, n, refs, scratch):
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for strip in range(min(2, strips)):
-            fetch(strip, warpgroup, row, n, refs, scratch)
-
-    def finish(accumulators, warpgroup, row, _wanted, n, refs, scratch):
-        _, scores, h_ct, weighted, score_ct = refs
-        h_smem, out_smem = scratch["h_smem"], scratch["out_smem"]
-        reduced = plgpu.Layout.WGMMA.reduce(1)
-        score = load_rows(scores.at[pl.ds(row, HALF)], reduced)
-        score = lax.broadcast_in_dim(score, (HALF, STRIP), [0])
-        total = plgpu.layout_cast(jnp.zeros((HALF,), jnp.float32), reduced)
-        for strip in range(strips):
-            slot, column = strip % 2, n * tile_n + strip * STRIP
-            ct = accumulators[0][:, strip * STRIP : (strip + 1) * STRIP]
-            plgpu.barrier_wait(scratch["h_full"].at[warpgroup * 2 + slot])
-            buffers = [h_smem.at[warpgroup, slot, part] for part in range(act.parts)]
-            kept = tuple(buffer[...].astype(jnp.float32) for buffer in buffers)
-            value, gradients = act.gradients(kept, ct * score)
-            total = total + jnp.sum(ct * value, axis=1)
-            if strip:  # the strip before has left the one buffer of the weighted values
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for buffer, gradient in zip(buffers, gradients, strict=True):
-                buffer[...] = gradient.astype(dtype)
-            out_smem[warpgroup, 0] = (value * score).astype(dtype)
-            plgpu.commit_smem()
-            rows = pl.ds(row, HALF)
-            for part, buffer in enumerate(buffers):
-                along = pl.ds(part * hidden + column, STRIP)
-                plgpu.copy_smem_to_gmem(buffer, h_ct.at[rows, along])
-            plgpu.copy_smem_to_gmem(
-                out_smem.at[warpgroup, 0], weighted.at[rows, pl.ds(column, STRIP)]
-            )
-            if strip + 2 < strips:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                fetch(strip + 2, warpgroup, row, n, refs, scratch)
-        score_ct[n, pl.ds(row, HALF)] = total
-
-    scratch = {
-        "h_smem": plgpu.SMEM(
-            (COMPUTE, 2, act.parts, HALF, STRIP), dtype, transforms=swizzled(dtype)
-        ),
-        "h_full": plgpu.Barrier(num_arrivals=act.parts, num_barriers=2 * COMPUTE),
-        "out_smem": out_scratch(dtype, slots=1),
-    }
-    kernel = rows_kernel(
-        Epilogue(finish, scratch, begin),
-        name="experts_down_backward",
-        n_tiles=n_tiles,
-        k_steps=-(-d_model // tile_k),
-        parts=1,
-        rhs_slice=rhs_slice,
-        transpose_rhs=True,
-        gather=source_A is not None,
-        config=config,
-        out_type=[
-            jax.ShapeDtypeStruct((places, act.parts * hidden), dtype),
-            jax.ShapeDtypeStruct((places, hidden), dtype),
-            jax.ShapeDtypeStruct((n_tiles, places), jnp.float32),
-        ],
-        dtype=dtype,
+def rows_gradient(
+    h_ct_AM: jax.Array, w_in_SDNH: jax.Array, sizes_S: jax.Array, **sizing: Any
+) -> jax.Array:
+    """Cotangents [A, D] of the rows, from those of the projections; `sizing` as for `up`."""
+    w_in_SDM = w_in_SDNH.reshape(*w_in_SDNH.shape[:2], -1)
+    return products.grouped_matmul(
+        h_ct_AM, w_in_SDM, sizes_S, transpose_rhs=True, name="rows_gradient", **sizing
     )
-    return tuple(kernel(tile_map(sizes_S, places), source_A, ct_RD, w_out_SHD, h_AM, scores_A))
+
+
+def w_in_gradient(
+    x_RD: jax.Array,
+    h_ct_AM: jax.Array,
+    copy_A: jax.Array | None,
+    sizes_S: jax.Array,
+    **sizing: Any,
+) -> jax.Array:
+    """Gradients [S, D, N·H] of the input projections' matrices; arguments as for `up`."""
+    gather = "" if copy_A is None else "lhs"
+    return products.weights_gradient(
+        x_RD, h_ct_AM, sizes_S, index_M=copy_A, gather=gather, name="w_in_gradient", **sizing
+    )
+
+
+def w_out_gradient(
+    weighted_AH: jax.Array,
+    ct_RD: jax.Array,
+    copy_A: jax.Array | None,
+    sizes_S: jax.Array,
+    **sizing: Any,
+) -> jax.Array:
+    """Gradients [S, H, D] of the output projections; `ct_RD` as for `down_backward`."""
+    gather = "" if copy_A is None else "rhs"
+    return products.weights_gradient(
+        weighted_AH,
+        ct_RD,
+        sizes_S,
+        index_M=copy_A,
+        gather=gather,
+        name="w_out_gradient",
+        **sizing,
+    )

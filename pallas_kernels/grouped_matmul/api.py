@@ -15,20 +15,24 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import backends
-from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.hopper.compat import hopper_refusal
+from pallas_kernels.hopper.config import check_reserve
 from pallas_kernels.hopper.tiles import ROWS
+from pallas_kernels.tpu.compat import tpu_refusal
+from pallas_kernels.tpu.tiles import LANES
 
 __all__ = ["BACKENDS", "Case", "explain", "grouped_matmul", "row_alignment"]
 
-BACKENDS = ("mosaic_gpu", "blocked", "reference")
+BACKENDS = ("mosaic_gpu", "mosaic_tpu", "blocked", "reference")
 
 
 @dataclass(frozen=True)
 class Case:
     """What a backend must know to say whether it serves.
 
-    rows: M. contraction: K. columns: N. alignment: of the groups' sizes. dtype: of the operands.
+    rows: M. contraction: K. columns: N. alignment: of the groups' sizes; all serve any, but are
+    fastest with `row_alignment`'s. dtype: of the operands.
     """
 
     rows: int
@@ -36,11 +40,6 @@ class Case:
     columns: int
     alignment: int
     dtype: Any
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the rows are whole blocks."""
-        return self.rows % self.alignment == 0
 
 
 def row_alignment(rows: int, groups: int, contraction: int, columns: int, dtype: Any) -> int:
@@ -59,16 +58,15 @@ def row_alignment(rows: int, groups: int, contraction: int, columns: int, dtype:
 
 
 def _refusal(backend: str, case: Case, *, forced: bool) -> str | None:
-    if backend == "blocked" and not case.aligned:
-        return f"{case.rows} rows are no multiple of the alignment {case.alignment}"
-    if backend != "mosaic_gpu":
+    if backend not in ("mosaic_gpu", "mosaic_tpu"):
         return None
-    if case.alignment % ROWS or not case.aligned:
-        return f"groups aligned to {case.alignment} rows, not {ROWS}"
+    multiple, device_refusal = 64, hopper_refusal
+    if backend == "mosaic_tpu":
+        multiple, device_refusal = LANES, tpu_refusal
     for name, size in (("contraction", case.contraction), ("columns", case.columns)):
-        if size % 64:
-            return f"{name} of {size}, no multiple of 64"
-    return hopper_refusal(case.dtype, forced=forced)
+        if size % multiple:
+            return f"{name} of {size}, no multiple of {multiple}"
+    return device_refusal(case.dtype, forced=forced)
 
 
 def explain(case: Case) -> str:
@@ -84,65 +82,113 @@ def _inside(rows_MN: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.where((index_M < jnp.sum(sizes))[:, None], rows_MN, jnp.zeros((), rows_MN.dtype))
 
 
-def _forward(lhs, rhs, sizes, alignment, backend, *, transpose_rhs=False):
+def _ragged(rows: int, offset: jax.Array | None, alignment: int) -> bool:
+    """Whether the Hopper kernels need more than whole tiles of the groups in order."""
+    return bool(alignment % ROWS or rows % ROWS) or offset is not None
+
+
+def _forward(lhs, rhs, sizes, offset, alignment, backend, reserve, *, transpose_rhs=False):
     if backend == "mosaic_gpu":
-        out = mosaic_gpu.grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs)
-        return _inside(out, sizes)
+        ragged = _ragged(lhs.shape[0], offset, alignment)
+        out = mosaic_gpu.grouped_matmul(
+            lhs,
+            rhs,
+            sizes,
+            transpose_rhs=transpose_rhs,
+            ragged=ragged,
+            group_offset=offset,
+            name="rows_gradient" if transpose_rhs else "grouped_matmul",
+            reserve_sms=reserve,
+        )
+        return out if ragged else _inside(out, sizes)
+    if backend == "mosaic_tpu":
+        return mosaic_tpu.grouped_matmul(
+            lhs, rhs, sizes, transpose_rhs=transpose_rhs, group_offset=offset
+        )
     rhs = rhs.swapaxes(1, 2) if transpose_rhs else rhs
     if backend == "blocked":
-        return blocked.grouped_matmul(lhs, rhs, sizes, alignment)
-    return reference.grouped_matmul(lhs, rhs, sizes)
+        return blocked.grouped_matmul(lhs, rhs, sizes, alignment, offset)
+    return reference.grouped_matmul(lhs, rhs, sizes, offset)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped(lhs, rhs, sizes, alignment, backend):
-    return _forward(lhs, rhs, sizes, alignment, backend)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _grouped(lhs, rhs, sizes, offset, alignment, backend, reserve):
+    return _forward(lhs, rhs, sizes, offset, alignment, backend, reserve)
 
 
-def _grouped_fwd(lhs, rhs, sizes, alignment, backend):
-    return _forward(lhs, rhs, sizes, alignment, backend), (lhs, rhs, sizes)
+def _grouped_fwd(lhs, rhs, sizes, offset, alignment, backend, reserve):
+    out = _forward(lhs, rhs, sizes, offset, alignment, backend, reserve)
+    return out, (lhs, rhs, sizes, offset)
 
 
-def _grouped_bwd(alignment, backend, residuals, ct):
-    lhs, rhs, sizes = residuals
-    lhs_ct = _forward(ct, rhs, sizes, alignment, backend, transpose_rhs=True)
+def _grouped_bwd(alignment, backend, reserve, residuals, ct):
+    lhs, rhs, sizes, offset = residuals
+    lhs_ct = _forward(ct, rhs, sizes, offset, alignment, backend, reserve, transpose_rhs=True)
+    own = {"groups": rhs.shape[0], "group_offset": offset}
     if backend == "mosaic_gpu":
-        rhs_ct = mosaic_gpu.weights_gradient(lhs, ct, sizes, dtype=rhs.dtype)
+        ragged = _ragged(lhs.shape[0], offset, alignment)
+        rhs_ct = mosaic_gpu.weights_gradient(
+            lhs, ct, sizes, dtype=rhs.dtype, ragged=ragged, reserve_sms=reserve, **own
+        )
+    elif backend == "mosaic_tpu":
+        rhs_ct = mosaic_tpu.weights_gradient(lhs, ct, sizes, dtype=rhs.dtype, **own)
     elif backend == "blocked":
-        rhs_ct = blocked.weights_gradient(lhs, ct, sizes, alignment, rhs.dtype)
+        rhs_ct = blocked.weights_gradient(lhs, ct, sizes, alignment, rhs.dtype, **own)
     else:
-        rhs_ct = reference.weights_gradient(lhs, ct, sizes, rhs.dtype)
-    return lhs_ct, rhs_ct, None
+        rhs_ct = reference.weights_gradient(lhs, ct, sizes, rhs.dtype, **own)
+    return lhs_ct, rhs_ct, None, None
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
+def _check_groups(own: int, groups: int, offset: Any) -> None:
+    if offset is None:
+        if own != groups:
+            raise ValueError(f"{own} matrices for {groups} groups; give a group_offset for fewer")
+    elif own > groups or (isinstance(offset, int) and not 0 <= offset <= groups - own):
+        raise ValueError(
+            f"group_offset {offset} with {own} matrices: there are {groups} groups; "
+            f"it can be from 0 to {groups - own}"
+        )
+
+
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
     rhs_GKN: Float[Array, "G K N"],
-    group_sizes_G: Int32[Array, " G"],
+    group_sizes_G: Int32[Array, " groups"],
     *,
+    group_offset: Int32[Array, ""] | int | None = None,
     alignment: int = 1,
     backend: str | None = None,
+    reserve_sms: int = 0,
 ) -> Float[Array, "M N"]:
     """out[m] = lhs[m] @ rhs[group of m].
 
     Args:
-        lhs_MK: rows, sorted by group; rows past the last group must be zero.
-        rhs_GKN: one matrix for each group, same dtype.
+        lhs_MK: rows, sorted by group.
+        rhs_GKN: one matrix for each group, same dtype; with `group_offset` for some of them.
         group_sizes_G: int32, each a multiple of `alignment`, sum at most M.
-        alignment: what the caller guarantees; `row_alignment` says what is wanted.
+        group_offset: rhs has the matrices of the groups from this one on, as in expert
+            parallelism; at most as many as leave G groups. None: of all groups.
+        alignment: what the caller guarantees; `row_alignment` says what is fastest.
         backend: one of `BACKENDS`; None tries them in order.
+        reserve_sms: streaming multiprocessors that the Hopper kernels leave free, the backward's
+            too, for communication at the same time. Other backends take what XLA gives them.
 
     Returns:
         [M, N] in lhs's dtype, accumulated in float32. Gradients likewise, the matrices' in
-        rhs's dtype; exactly zero for empty groups.
+        rhs's dtype; exactly zero for empty groups. Rows of no group, or of one whose matrix is not
+        here, are zero, and so are their gradients; what they hold does not matter.
 
     Raises:
         NotImplementedError: no backend can serve this; the message has each one's reason.
+        ValueError: the groups and the matrices do not match, or `reserve_sms` is no number of
+            multiprocessors or leaves none.
     """
-    (rows, contraction), columns = lhs_MK.shape, rhs_GKN.shape[2]
+    check_reserve(reserve_sms)
+    (rows, contraction), (own, _, columns) = lhs_MK.shape, rhs_GKN.shape
+    _check_groups(own, group_sizes_G.shape[0], group_offset)
     case = Case(rows, contraction, columns, alignment, lhs_MK.dtype)
     chosen = backends.choose(
         "grouped_matmul",
@@ -150,4 +196,8 @@ def grouped_matmul(
         backend,
         lambda name, forced: _refusal(name, case, forced=forced),
     )
-    return _grouped(lhs_MK, rhs_GKN, group_sizes_G, alignment, chosen)
+    if rows == 0:
+        return jnp.zeros((0, columns), lhs_MK.dtype)
+    offset = None if group_offset is None else jnp.asarray(group_offset, jnp.int32)
+    arrays = (jnp.asarray(a) for a in (lhs_MK, rhs_GKN, group_sizes_G))  # numpy's have no `at`
+    return _grouped(*arrays, offset, alignment, chosen, reserve_sms)

@@ -8,9 +8,11 @@ import jax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.grouped_matmul.spans import group_spans
 from pallas_kernels.hopper.config import RowsConfig, choose_config
+from pallas_kernels.hopper.ragged import padded_rows, ragged_tile_map, store_part_strips
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
-from pallas_kernels.hopper.tiles import ROWS, out_scratch, store_strips, tile_map
+from pallas_kernels.hopper.tiles import ROWS, TileMap, out_scratch, store_strips, tile_map
 from pallas_kernels.hopper.weights import weights_kernel
 
 __all__ = ["grouped_matmul", "weights_gradient"]
@@ -23,8 +25,14 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     index_M: jax.Array | None = None,
-    wanted_M: jax.Array | None = None,
+    copies: int = 1,
+    tiles: TileMap | None = None,
+    few: bool = False,
+    ragged: bool = False,
+    group_offset: jax.Array | int | None = None,
     name: str = "grouped_matmul",
+    assignments: int | None = None,
+    reserve_sms: int = 0,
     config: RowsConfig | None = None,
 ) -> jax.Array:
     """out[m] = lhs[m] @ rhs[group of m].
@@ -32,21 +40,48 @@ def grouped_matmul(
     Args:
         lhs_MK: bfloat16 rows sorted by group, or with `index_M` rows in any order.
         rhs_GKN: bfloat16, one matrix for each group; [G, N, K] with `transpose_rhs`.
-        group_sizes_G: int32, multiples of 128.
-        index_M: int32, the row of lhs of each row; out of range is a row of zeros.
-        wanted_M: bool, the rows that are wanted, the first ones of each group, where they are few;
-            others may be left unwritten. None: all.
+        group_sizes_G: int32, multiples of 128; with `ragged` any numbers, and maybe of more groups.
+        index_M: int32, for each row `copies` times its row of lhs, or less than that more; out of
+            range is a row of zeros.
+        copies: what the index counts for each row.
+        tiles: of the groups; None makes the list.
+        few: most tiles hold few rows: only those that `tiles` wants need be written.
+        ragged: groups of any size. A number of rows that is no multiple of 8 costs a copy.
+        group_offset: with `ragged`, the group whose matrix is the first; None: 0.
         name: of the kernel, in profiles.
+        assignments: rows that are expected to be wanted, which the sizes may depend on; None: all.
+        reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
 
     Returns:
-        [M, N], accumulated in float32. Rows past the last group are not written.
+        [M, N], accumulated in float32. Rows of no group that has a matrix are not written; with
+        `ragged` they are zero.
     """
+    total = lhs_MK.shape[0]
+    lhs_MK = padded_rows(lhs_MK) if ragged else lhs_MK
     contraction = lhs_MK.shape[1]
     rows = lhs_MK.shape[0] if index_M is None else index_M.shape[0]
     columns = rhs_GKN.shape[1 if transpose_rhs else 2]
-    tiles = 0 if wanted_M is None else rows // ROWS
-    config = config or choose_config(columns, tiles=tiles)
+    if ragged:
+        spans_2G = group_spans(group_sizes_G, rhs_GKN.shape[0], group_offset, total)
+        tiles = ragged_tile_map(spans_2G, rows)
+    elif tiles is None:
+        tiles = tile_map(group_sizes_G, rows)
+    config = config or choose_config(
+        columns,
+        tiles=rows // ROWS if few else 0,
+        reserve_sms=reserve_sms,
+        kernel=name,
+        contraction=contraction,
+        groups=rhs_GKN.shape[0],
+        assignments=rows if assignments is None else assignments,
+        flags={
+            "few": few,
+            "gather": index_M is not None,
+            "ragged": ragged,
+            "transposed": transpose_rhs,
+        },
+    )
     tile_n, tile_k = config.tile_n, config.tile_k
 
     def rhs_slice(ref, group, part, n, k):
@@ -56,23 +91,30 @@ def grouped_matmul(
     def finish(accumulators, warpgroup, row, wanted, n, refs, scratch):
         (out,) = refs
         values = accumulators[0].astype(out.dtype)
-        store_strips(values, out, scratch["out_smem"], warpgroup, row, n * tile_n, wanted)
+        smem, column = scratch["out_smem"], n * tile_n
+        if ragged:
+            store_part_strips(values, out, smem, warpgroup, row, column, *wanted)
+        else:
+            store_strips(values, out, smem, warpgroup, row, column, wanted)
 
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(lhs_MK.dtype)}),
         name=name,
-        short=wanted_M is not None,
+        short=few,
+        ragged=ragged,
         n_tiles=-(-columns // tile_n),
         k_steps=-(-contraction // tile_k),
         parts=1,
         rhs_slice=rhs_slice,
         transpose_rhs=transpose_rhs,
         gather=index_M is not None,
+        copies=copies,
         config=config,
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    return kernel(tile_map(group_sizes_G, rows, wanted_M), index_M, lhs_MK, rhs_GKN)
+    out_MN = kernel(tiles, index_M, lhs_MK, rhs_GKN)
+    return out_MN[:total] if ragged else out_MN
 
 
 def weights_gradient(
@@ -81,20 +123,32 @@ def weights_gradient(
     group_sizes_G: jax.Array,
     *,
     index_M: jax.Array | None = None,
+    copies: int = 1,
     gather: str = "",
+    ragged: bool = False,
+    groups: int | None = None,
+    group_offset: jax.Array | int | None = None,
     name: str = "weights_gradient",
     dtype: Any = None,
+    assignments: int | None = None,
+    reserve_sms: int = 0,
     config: RowsConfig | None = None,
 ) -> jax.Array:
     """lhs[rows of g]ᵀ @ ct[rows of g]; zero for empty groups.
 
     Args:
         lhs_MK, ct_MN: bfloat16 rows sorted by group; zero in a group's padding.
-        group_sizes_G: int32, multiples of `tile_k`.
-        index_M: int32, the row of the gathered operand of each row; out of range is zeros.
+        group_sizes_G: int32, multiples of `tile_k`; with `ragged` any numbers.
+        index_M: int32, for each row that of the gathered operand, as for `grouped_matmul`.
+        copies: what the index counts for each row.
         gather: the operand whose rows `index_M` picks, "lhs" or "rhs" (the cotangents); or neither.
+        ragged: groups of any size. A number of rows that is no multiple of 8 costs copies.
+        groups, group_offset: with `ragged`, how many groups have a matrix, and the first of them;
+            None: all.
         name: of the kernel, in profiles.
         dtype: of the result; None takes lhs's.
+        assignments: rows without padding, which the sizes may depend on; None: all.
+        reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
 
     Returns:
@@ -103,8 +157,26 @@ def weights_gradient(
     # What is gathered is the narrow side of a tile: TMA costs the loading threads nothing.
     tile_m = 2 * ROWS if gather == "rhs" else ROWS
     widest = 128 if gather == "rhs" else 256
-    config = config or choose_config(ct_MN.shape[1], widest=widest, rows=tile_m, band=32)
-    groups, (m, n) = group_sizes_G.shape[0], (lhs_MK.shape[1], ct_MN.shape[1])
+    groups = group_sizes_G.shape[0] if groups is None else groups
+    places = max(lhs_MK.shape[0], ct_MN.shape[0])
+    config = config or choose_config(
+        ct_MN.shape[1],
+        widest=widest,
+        rows=tile_m,
+        band=32,
+        reserve_sms=reserve_sms,
+        kernel=name,
+        contraction=lhs_MK.shape[1],
+        groups=groups,
+        assignments=places if assignments is None else assignments,
+        flags={
+            "gather_lhs": gather == "lhs",
+            "gather_rhs": gather == "rhs",
+            "ragged": ragged,
+            "weights": True,
+        },
+    )
+    m, n = lhs_MK.shape[1], ct_MN.shape[1]
     kernel = weights_kernel(
         name=name,
         groups=groups,
@@ -112,10 +184,15 @@ def weights_gradient(
         m_tiles=-(-m // tile_m),
         n_tiles=-(-n // config.tile_n),
         gather=gather,
+        copies=copies,
         config=config,
         out_type=jax.ShapeDtypeStruct((groups, m, n), dtype or lhs_MK.dtype),
         dtype=lhs_MK.dtype,
+        ragged=ragged,
     )
+    if ragged:
+        spans_2G = group_spans(group_sizes_G, groups, group_offset, lhs_MK.shape[0])
+        return kernel(spans_2G, None, padded_rows(lhs_MK), padded_rows(ct_MN))
     rows = ct_MN.shape[0] if gather != "rhs" else lhs_MK.shape[0]
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), rows).astype(jnp.int32)
     first_step = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends_G]) // config.tile_k

@@ -1,16 +1,17 @@
-"""How products are cut up on Hopper."""
+"""How products are cut up on Hopper: by the device's table of measured sizes, or by a heuristic."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pallas_kernels.hopper.compat import sm_count
+from pallas_kernels.tuning.lookup import cut_for
+from pallas_kernels.tuning.product import TILE_K, WIDTHS, Cut, Product, bucket, ring_stages
 
-__all__ = ["RING", "RowsConfig", "choose_config"]
+__all__ = ["RING", "RowsConfig", "check_reserve", "choose_config"]
 
-_WIDTHS = (256, 192, 128, 64)  # of a part, widest first: fewer bytes from L2 for each operation
 RING = 4 * 48 * 1024  # bytes of the ring; the epilogue's buffers take what remains of 227 KiB
-_MOST_STAGES = 8
 _TILE_COST = 24  # of a tile besides its columns, in columns
 
 
@@ -27,7 +28,7 @@ class RowsConfig:
 
     tile_n: int
     sms: int
-    tile_k: int = 64
+    tile_k: int = TILE_K
     stages: int = 4
     band: int = 4
 
@@ -46,6 +47,26 @@ class RowsConfig:
         return min(2, self.stages - 1)
 
 
+def check_reserve(reserve_sms: int) -> None:
+    """Raises ValueError unless this is a number of multiprocessors, 0 or more."""
+    whole = isinstance(reserve_sms, int) and not isinstance(reserve_sms, bool)
+    if not whole or reserve_sms < 0:
+        raise ValueError(
+            f"reserve_sms={reserve_sms!r} must be a number of multiprocessors, 0 or more"
+        )
+
+
+def _usable_sms(reserve_sms: int) -> int:
+    check_reserve(reserve_sms)
+    there = sm_count()
+    if reserve_sms >= there:
+        raise ValueError(
+            f"reserve_sms={reserve_sms} leaves none of the device's {there} multiprocessors; "
+            f"it can be {there - 1} at most"
+        )
+    return there - reserve_sms
+
+
 def choose_config(
     columns: int,
     *,
@@ -56,8 +77,14 @@ def choose_config(
     ring: int = RING,
     band: int = 4,
     reserve_sms: int = 0,
+    kernel: str = "",
+    contraction: int = 0,
+    groups: int = 0,
+    assignments: int = 0,
+    flags: Mapping[str, bool] | None = None,
+    dtype: str = "bfloat16",
 ) -> RowsConfig:
-    """A good cut for a product.
+    """A good cut for a product: the tuning table's where it has one, else by a heuristic.
 
     Args:
         columns: of a part, a multiple of 64.
@@ -66,19 +93,37 @@ def choose_config(
         widest: most columns of all parts together.
         rows: of a tile.
         ring: bytes of shared memory for all stages.
-        band: see `RowsConfig`.
+        band: of the heuristic; see `RowsConfig`.
         reserve_sms: streaming multiprocessors to leave free, for communication.
+        kernel, contraction, groups, assignments, flags, dtype: see
+            `pallas_kernels.tuning.Product`; assignments need not be a power of two, and of the
+            flags those that are true count. No kernel: no table is asked.
+
+    Raises:
+        ValueError: `reserve_sms` leaves no multiprocessor, or the device's table is not valid.
     """
-    sms = max(1, sm_count() - reserve_sms)
+    sms = _usable_sms(reserve_sms)
 
     def rounds(width: int) -> int:
         """Time of the busiest multiprocessor, in columns; a tile costs some whatever its width."""
         return -(-tiles * (columns // width) // sms) * (width + _TILE_COST)
 
-    fitting = [w for w in _WIDTHS if columns % w == 0 and w * parts <= widest]
+    fitting = [w for w in WIDTHS if columns % w == 0 and w * parts <= widest]
     width = min(fitting, key=lambda w: (rounds(w), -w))
-    # Narrow tiles get more stages: what matters is how many bytes are under way.
-    tile_n, tile_k = parts * width, 64
-    stage = (rows + tile_n) * tile_k * 2
-    stages = min(_MOST_STAGES, ring // stage)
-    return RowsConfig(tile_n=tile_n, sms=sms, tile_k=tile_k, stages=stages, band=band)
+    cut = Cut(parts * width, ring_stages(ring, rows, parts * width), band)
+    if kernel:
+        product = Product(
+            kernel=kernel,
+            contraction=contraction,
+            columns=columns,
+            groups=groups,
+            assignments=bucket(assignments),
+            parts=parts,
+            tile_rows=rows,
+            widest=widest,
+            ring=ring,
+            flags=tuple(sorted(name for name, on in (flags or {}).items() if on)),
+            dtype=dtype,
+        )
+        cut = cut_for(product, cut)
+    return RowsConfig(tile_n=cut.tile_n, sms=sms, stages=cut.stages, band=cut.band)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,8 +29,10 @@ def optional_index(index: jax.Array | None) -> jax.Array:
     return jnp.zeros((1,), jnp.int32) if index is None else index
 
 
-def start_gather(source: Any, index: Any, first: Any, column: Any, target: Any) -> None:
-    """Starts copying source[index[first + r], column : column + C] to target[r] for every r.
+def start_gather(
+    source: Any, index: Any, first: Any, column: Any, target: Any, copies: int = 1
+) -> None:
+    """Starts copying source[index[first + r] // copies, column : column + C] to target[r].
 
     What lies outside of the source becomes zero, rows and columns.
 
@@ -40,6 +43,7 @@ def start_gather(source: Any, index: Any, first: Any, column: Any, target: Any) 
         column: a multiple of 8.
         target: [R, C] in shared memory, swizzled; C 64, 128, … up to 1024, R a multiple of
             1024 / C.
+        copies: what the index counts for each row of the source.
     """
     rows, columns = target.shape
     limit, width = source.shape
@@ -49,10 +53,10 @@ def start_gather(source: Any, index: Any, first: Any, column: Any, target: Any) 
             f"a gather of {rows} rows of {columns} columns does not fit {THREADS} threads"
         )
     if interpret_mode() is not None:  # by plain loads and stores
-        at = index[pl.ds(first, rows)][:, None]
+        at = lax.div(index[pl.ds(first, rows)], copies)[:, None]
         along = column + jnp.arange(columns, dtype=jnp.int32)[None, :]
         values = source[...][jnp.clip(at, 0, limit - 1), jnp.minimum(along, width - 1)]
-        inside = (at >= 0) & (at < limit) & (along < width)
+        inside = (index[pl.ds(first, rows)] >= 0)[:, None] & (at < limit) & (along < width)
         target[...] = jnp.where(inside, values, jnp.zeros_like(values))
         return
 
@@ -66,12 +70,13 @@ def start_gather(source: Any, index: Any, first: Any, column: Any, target: Any) 
 
     @plgpu.inline_mgpu(arg_types=types)
     def copy(_, source, index, first, column, target):
-        _emit_copies(source, index, first, column, target, rows, columns, limit, width)
+        sizes = (rows, columns, limit, width, copies)
+        _emit_copies(source, index, first, column, target, *sizes)
 
     copy(source, index, first, column, target)
 
 
-def _emit_copies(source, index, first, column, target, rows, columns, limit, width) -> None:
+def _emit_copies(source, index, first, column, target, rows, columns, limit, width, copies) -> None:
     """The instructions; a thread copies one chunk of every row that lies 128 / (C / 8) further."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
@@ -120,6 +125,8 @@ def _emit_copies(source, index, first, column, target, rows, columns, limit, wid
         )
         for step in steps
     ]
+    if copies > 1:  # negative ones stay beyond the end
+        picked = [arith.divui(at, c32(copies)) for at in picked]
     for step, at in zip(steps, picked, strict=True):
         at_row = arith.addi(row, c32(step * stride))
         eighth, low = arith.divui(at_row, c32(8)), arith.andi(at_row, c32(7))

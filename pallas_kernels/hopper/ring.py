@@ -120,29 +120,42 @@ class Ring:
         lax.fori_loop(jnp.maximum(steps - self.config.stages, 0), steps, drain, None)
 
     def consume(
-        self, first: Any, count: Any, products: Callable[[Any], None], *, parts: int = 1
+        self,
+        first: Any,
+        count: Any,
+        products: Callable[[Any], None],
+        *,
+        parts: int = 1,
+        prepare: Callable[[Any, Any], None] | None = None,
     ) -> None:
-        """Multiplies the stages of a tile, at least one.
+        """Multiplies the stages of a tile, at least one; with `prepare` at least two.
 
         Args:
             first: step of the tile's first.
             count: steps.
             products: starts the products of a stage.
             parts: how many it starts.
+            prepare: (stage, step) -> None, changes the first and the last stage beforehand.
         """
 
-        def multiply(k):
+        def multiply(k, prepare=None):
             slot = self._slot(first + k)
             plgpu.barrier_wait(self.full.at[slot])
+            if prepare is not None:
+                prepare(slot, k)
             products(slot)
 
-        def step(k, _):
-            multiply(k)
+        def step(k, _, prepare=None):
+            multiply(k, prepare)
             plgpu.wgmma_wait(parts)  # those of the step before are through
             self._release(first + k + (self.config.stages - 1))  # the stage before this one
 
-        multiply(0)  # a condition in the loop would cost a tenth
-        lax.fori_loop(1, count, step, None)
+        multiply(0, prepare)  # a condition in the loop would cost a tenth
+        if prepare is None:
+            lax.fori_loop(1, count, step, None)
+        else:
+            lax.fori_loop(1, count - 1, step, None)
+            step(count - 1, None, prepare)
         plgpu.wgmma_wait(0)
         self._release(first + (count - 1))
 

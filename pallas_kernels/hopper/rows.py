@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import optional_index, start_gather
+from pallas_kernels.hopper.ragged import EIGHT
 from pallas_kernels.hopper.ring import Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
     FEW,
@@ -39,7 +40,8 @@ class Epilogue:
     """What becomes of the accumulators of a warpgroup's 64 rows.
 
     finish: (accumulators, warpgroup, first row, wanted rows or None for all, column tile, refs,
-        scratch).
+        scratch). Wanted rows: with `short` how many, the first ones; with `ragged` a pair, the
+        first row of the group and the row after its last.
     scratch: shared memory and barriers by name.
     begin: (warpgroup, first row, column tile, refs, scratch), before the products; starts loads.
     """
@@ -63,6 +65,8 @@ def rows_kernel(
     out_type: Any,
     dtype: Any,
     short: bool = False,
+    ragged: bool = False,
+    copies: int = 1,
 ) -> Callable[..., Any]:
     """Builds a kernel `f(tile_map, index, lhs, rhs, *extra) -> out`.
 
@@ -74,12 +78,17 @@ def rows_kernel(
         parts: accumulators; each has tile_n / parts columns and its own slice of rhs.
         rhs_slice: (rhs ref, group, part, column tile, step) -> the slice for a stage.
         transpose_rhs: the slice is [columns, contraction].
-        gather: `index` picks the rows of lhs; otherwise they lie in order and it is None.
+        gather: `index` // `copies` picks the rows of lhs; otherwise they lie in order and the index
+            is None.
         config: sizes.
         out_type: of the outputs.
         dtype: of the operands.
         short: most tiles want few rows: others are not loaded and not stored.
+        ragged: the tiles are of `ragged_tile_map`.
+        copies: what the index counts for each row.
     """
+    if ragged and (gather or short):
+        raise ValueError("rows of groups of any size lie in order, and all of them are wanted")
     part_n, tile_k, stages = config.tile_n // parts, config.tile_k, config.stages
     rhs_shape = (part_n, tile_k) if transpose_rhs else (tile_k, part_n)
 
@@ -92,10 +101,17 @@ def rows_kernel(
         tiles_m = num_tiles[0]
         mine = lax.div(tiles_m * n_tiles - sm + (config.sms - 1), config.sms)
 
-        def load_rows(m, wanted, along, target, barrier):
+        def first_row(m):
+            return tile_rows[m, 0] * EIGHT if ragged else m * ROWS
+
+        def load_rows(m, wanted, k, target, barrier):
             def load_first(count):
-                source = lhs.at[pl.ds(m * ROWS, count), along]
-                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(0, count)], barrier)
+                first = target.at[pl.ds(0, count)]
+                if gather:
+                    start_gather(lhs, index, m * ROWS, k * tile_k, first, copies)
+                    return
+                source = lhs.at[pl.ds(first_row(m), count), pl.ds(k * tile_k, tile_k)]
+                plgpu.copy_gmem_to_smem(source, first, barrier)
 
             if not short:
                 load_first(ROWS)
@@ -107,33 +123,36 @@ def rows_kernel(
         def place(i):
             return place_in_bands(sm + i * config.sms, tiles_m, n_tiles, config.band)
 
+        def steps_of(group):
+            """A tile of rows that no group has is zero without a step."""
+            return jnp.where(group < 0, 0, k_steps) if ragged else k_steps
+
         @ring.load
         def load():
-            def tile(i, _):
+            def tile(i, done):
                 m, n = place(i)
                 group = tile_group[m]
+                steps = steps_of(group)
 
                 def step(k, _):
-                    slot, full = ring.begin_loading(i * k_steps + k)
+                    slot, full = ring.begin_loading((done if ragged else i * k_steps) + k)
                     for part in range(parts):
                         source = rhs_slice(rhs, group, part, n, k)
                         plgpu.copy_gmem_to_smem(source, rhs_smem.at[slot, part], full)
-                    if gather:
-                        start_gather(lhs, index, m * ROWS, k * tile_k, lhs_smem.at[slot])
-                    else:
-                        along = pl.ds(k * tile_k, tile_k)
-                        load_rows(m, tile_rows[m], along, lhs_smem.at[slot], full)
+                    wanted = tile_rows[m] if short else None
+                    load_rows(m, wanted, k, lhs_smem.at[slot], full)
 
-                lax.fori_loop(0, k_steps, step, None)
+                lax.fori_loop(0, steps, step, None)
+                return done + steps if ragged else None
 
-            lax.fori_loop(0, mine, tile, None)
-            return mine * k_steps
+            done = lax.fori_loop(0, mine, tile, jnp.int32(0) if ragged else None)
+            return done if ragged else mine * k_steps
 
         @ring.multiply
         def multiply():
-            def tile(i, _):
+            def tile(i, done):
                 m, n = place(i)
-                row = m * ROWS + warpgroup * HALF
+                row = first_row(m) + warpgroup * HALF
                 if epilogue.begin is not None:
                     epilogue.begin(warpgroup, row, n, refs, scratch)
 
@@ -145,16 +164,23 @@ def rows_kernel(
                             columns = transposed(columns) if transpose_rhs else columns
                             plgpu.wgmma(accumulator, rows, columns)
 
-                    ring.consume(i * k_steps, k_steps, multiply_stage, parts=parts)
+                    if ragged:
+                        consume = partial(ring.consume, done, k_steps, multiply_stage, parts=parts)
+                        pl.when(tile_group[m] >= 0)(consume)
+                    else:
+                        ring.consume(i * k_steps, k_steps, multiply_stage, parts=parts)
                     return tuple(accumulator[...] for accumulator in accumulators)
 
                 accumulators = pl.run_scoped(
                     products, *(plgpu.ACC((HALF, part_n), jnp.float32) for _ in range(parts))
                 )
                 wanted = tile_rows[m] - warpgroup * HALF if short else None
+                if ragged:
+                    wanted = tile_rows[m, 1], tile_rows[m, 2]
                 epilogue.finish(accumulators, warpgroup, row, wanted, n, refs, scratch)
+                return done + steps_of(tile_group[m]) if ragged else None
 
-            lax.fori_loop(0, mine, tile, None)
+            lax.fori_loop(0, mine, tile, jnp.int32(0) if ragged else None)
 
     scratch = {
         "lhs_smem": plgpu.SMEM((stages, ROWS, tile_k), dtype, transforms=swizzled(dtype)),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 __all__ = ["Compiled", "Word"]
@@ -106,10 +107,8 @@ class Compiled:
         return word if where is None else self.select(where, word, 0)
 
     def store(self, ref: Any, index: Any, value: Any, where: Any = None) -> None:
-        from jaxlib.mlir.dialects import llvm
-
         where = True if where is None else where
-        self._when(where, lambda: llvm.store(_as_value(value), self._address(ref, index)))
+        self._when(where, partial(self._store_words, ref, index, _as_value(value)))
 
     def _when(self, where: Any, store: Callable[[], Any]) -> None:
         from jax.experimental.mosaic.gpu import utils
@@ -122,15 +121,19 @@ class Compiled:
 
     def fill(self, ref: Any, size: int, value: int, threads: int) -> None:
         from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
 
         four = ir.VectorType.get((4,), _i32())
         word = ir.IntegerAttr.get(_i32(), value)
-        values = arith.constant(four, ir.DenseElementsAttr.get_splat(four, word))
+        values = _arith().constant(four, ir.DenseElementsAttr.get_splat(four, word))
         for first in range(0, size // 4, threads):
             at = self.thread + first
             where = True if first + threads <= size // 4 else at < size // 4
-            self._when(where, lambda at=at: llvm.store(values, self._address(ref, at * 4)))
+            self._when(where, partial(self._store_words, ref, at * 4, values))
+
+    def _store_words(self, ref: Any, index: Any, words: Any) -> None:
+        from jaxlib.mlir.dialects import llvm
+
+        llvm.store(words, self._address(ref, index))
 
     def select(self, where: Any, a: Any, b: Any) -> Word:
         return Word(_arith().select(where.value, _as_value(a), _as_value(b)))
@@ -139,7 +142,9 @@ class Compiled:
         # Not nvvm.match_sync, whose kind is lost when the kernel is serialized (jax 0.11).
         from jaxlib.mlir.dialects import llvm
 
-        together = {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
+        together: dict[str, Any] = (
+            {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
+        )
         mask = llvm.inline_asm(
             _i32(),
             [word.value],

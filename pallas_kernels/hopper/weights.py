@@ -8,6 +8,7 @@ step and is written as zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import optional_index, start_gather
+from pallas_kernels.hopper.ragged import EIGHT, zero_outside
 from pallas_kernels.hopper.ring import Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
     COMPUTE,
@@ -43,6 +45,8 @@ def weights_kernel(
     config: RowsConfig,
     out_type: Any,
     dtype: Any,
+    ragged: bool = False,
+    copies: int = 1,
 ) -> Callable[..., Any]:
     """Builds a kernel `f(first_step, index, lhs, rhs) -> out`.
 
@@ -51,13 +55,19 @@ def weights_kernel(
         groups: G.
         tile_m: rows of a tile, 128 or 256; with 256, `tile_n` is at most 128.
         m_tiles, n_tiles: tiles of a matrix, `tile_m` rows and `tile_n` columns each.
-        gather: the operand whose rows `index` picks, "lhs" or "rhs"; or neither, and it is None.
+        gather: the operand whose rows `index` // `copies` picks, "lhs" or "rhs"; or neither, and
+            the index is None.
         config: sizes; `tile_k` rows of a group are a step.
         out_type: [G, M, N].
         dtype: of the operands.
+        ragged: groups of any size.
+        copies: what the index counts for each row.
 
-    The kernel's `first_step` is int32 [G + 1]: where each group begins, in steps.
+    The kernel's `first_step` is int32 [G + 1]: where each group begins, in steps. With `ragged` it
+    is int32 [2, G], a group's first row and the row after its last.
     """
+    if ragged and gather:
+        raise ValueError("rows of groups of any size lie in order")
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
     share = tile_m // COMPUTE  # rows of a warpgroup
     tiles = groups * m_tiles * n_tiles
@@ -78,24 +88,41 @@ def weights_kernel(
             rest = at - group * (m_tiles * n_tiles)
             return group, *place_in_bands(rest, m_tiles, n_tiles, config.band)
 
+        def span(group):
+            """First row that is loaded, first row, row after the last, and steps of a group.
+
+            There are two steps at least, so that the first and the last are always two.
+            """
+            begin, end = first_step[0, group], first_step[1, group]
+            first = lax.div(begin, EIGHT) * EIGHT
+            steps = jnp.maximum(lax.div(end - first + (tile_k - 1), tile_k), 2)
+            return first, begin, end, jnp.where(begin < end, steps, 0)
+
         def fetch(operand, ref, column, step, target, barrier):
             if gather == operand:
-                start_gather(ref, index, step * tile_k, column, target)
+                start_gather(ref, index, step * tile_k, column, target, copies)
                 return
-            source = ref.at[pl.ds(step * tile_k, tile_k), pl.ds(column, target.shape[1])]
+            rows = pl.ds(step if ragged else step * tile_k, tile_k)
+            source = ref.at[rows, pl.ds(column, target.shape[1])]
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
         @ring.load
         def load():
             def tile(i, done):
                 group, m, n = place(i)
-                first = first_step[group]
-                count = first_step[group + 1] - first
+                if ragged:
+                    first, _, _, count = span(group)
+                else:
+                    first = first_step[group]
+                    count = first_step[group + 1] - first
+
+                def at(k):
+                    return first + (k * tile_k if ragged else k)
 
                 def step(k, _):
                     slot, full = ring.begin_loading(done + k)
-                    fetch("lhs", lhs, m * tile_m, first + k, lhs_smem.at[slot], full)
-                    fetch("rhs", rhs, n * tile_n, first + k, rhs_smem.at[slot], full)
+                    fetch("lhs", lhs, m * tile_m, at(k), lhs_smem.at[slot], full)
+                    fetch("rhs", rhs, n * tile_n, at(k), rhs_smem.at[slot], full)
 
                 lax.fori_loop(0, count, step, None)
                 return done + count
@@ -106,14 +133,26 @@ def weights_kernel(
         def multiply():
             def tile(i, done):
                 group, m, n = place(i)
-                count = first_step[group + 1] - first_step[group]
+                prepare = None
+                if ragged:
+                    first, begin, end, count = span(group)
+
+                    def prepare(slot, k):
+                        """Zeroes the neighbours' rows, in both: zero times infinity is not zero."""
+                        at = first + k * tile_k
+                        zero_outside(lhs_smem.at[slot], begin - at, end - at)
+                        zero_outside(rhs_smem.at[slot], begin - at, end - at)
+                        plgpu.commit_smem()
+                else:
+                    count = first_step[group + 1] - first_step[group]
 
                 def products(accumulator):
                     def multiply_stage(slot):
                         columns = lhs_smem.at[slot, :, pl.ds(warpgroup * share, share)]
                         plgpu.wgmma(accumulator, transposed(columns), rhs_smem.at[slot])
 
-                    pl.when(count > 0)(lambda: ring.consume(done, count, multiply_stage))
+                    consume = partial(ring.consume, done, count, multiply_stage, prepare=prepare)
+                    pl.when(count > 0)(consume)
                     return accumulator[...]
 
                 values = pl.run_scoped(products, plgpu.ACC((share, tile_n), jnp.float32))

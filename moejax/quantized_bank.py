@@ -1,0 +1,141 @@
+"""Experts with weights of 8 bits, for inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import ExpertsConfig
+from moejax.errors import UserError
+from moejax.exchange.budget import Budget
+from moejax.exchange.modes import Rows
+from moejax.experts import ExpertBank, ExpertWeights, places_for, run_experts
+from moejax.placement.arrays import Placement, gather_bank
+from pallas_kernels.quantized_experts import api as quantized_experts
+from pallas_kernels.quantized_experts.format import (
+    BLOCK,
+    QuantizedMatrices,
+    dequantize,
+    quantize,
+)
+from pallas_kernels.route.api import sorted_tiles
+from sharding.mesh import EXPERT, TENSOR
+
+__all__ = ["ExpertRows", "QuantizedExpertBank", "QuantizedWeight", "WeightDtype"]
+
+WeightDtype = Literal["int8", "float8_e4m3fn"]
+ExpertRows = Literal["compute", "float8"]
+
+
+class QuantizedWeight(nnx.Variable):
+    """Values or scales of 8-bit weights. No parameter: optimizers do not see it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedExpertWeights:
+    """Weights of a device's S slots: values [S, N, H, D] and [S, D, H]."""
+
+    w_in: QuantizedMatrices
+    w_out: QuantizedMatrices
+
+
+class QuantizedExpertBank(nnx.Module):
+    """Takes the place of an `ExpertBank`; it has no gradient.
+
+    Matrices are quantized by blocks of 128 × 128, each with a float32 scale (DeepSeek-V3,
+    arXiv 2412.19437 §3.3): about half the bytes of bfloat16.
+
+    Args:
+        bank: the experts to quantize, without biases.
+        dtype: `int8` or `float8_e4m3fn`.
+        rows: what tokens and hidden activations are multiplied as: `compute`, the layer's dtype,
+            or `float8`, quantized by blocks of 128 columns (with `float8_e4m3fn` weights alone).
+        tensor: devices along `tensor` that the hidden width is split over.
+
+    Raises:
+        UserError: the experts have biases; blocks would straddle devices; int8 with float8 rows.
+    """
+
+    def __init__(
+        self,
+        bank: ExpertBank,
+        dtype: WeightDtype,
+        *,
+        rows: ExpertRows = "compute",
+        tensor: int = 1,
+    ) -> None:
+        if bank.b_in is not None:
+            raise UserError("quantized experts with bias=True: only experts without biases can be")
+        hidden = bank.w_out.shape[1]
+        if tensor > 1 and hidden % (tensor * BLOCK):
+            raise UserError(
+                f"hidden={hidden} over tensor={tensor} devices: quantized experts need a multiple "
+                f"of {BLOCK} on each; use a smaller tensor axis"
+            )
+        if rows == "float8" and dtype != "float8_e4m3fn":
+            raise UserError(
+                f"rows='float8' with {dtype} weights: float8 rows need float8_e4m3fn weights"
+            )
+        self.num_experts, self.rows = bank.num_experts, rows
+        # [slots, D, N, H] → matrices [slots, N, D, H]; values come out with H before D.
+        w_in = quantize(jnp.swapaxes(bank.w_in[...], 1, 2), jnp.dtype(dtype))
+        w_out = quantize(bank.w_out[...], jnp.dtype(dtype))
+
+        def kept(value: jax.Array, spec: P) -> QuantizedWeight:
+            return QuantizedWeight(value, spec=spec, float32=True)
+
+        spec_in, spec_out = P(EXPERT, None, TENSOR, None), P(EXPERT, None, TENSOR)
+        self.w_in_values, self.w_in_scales = (
+            kept(value, spec_in) for value in (w_in.values, w_in.scales)
+        )
+        self.w_out_values, self.w_out_scales = (
+            kept(value, spec_out) for value in (w_out.values, w_out.scales)
+        )
+
+    def weights(self, placement: Placement | None, dtype) -> QuantizedExpertWeights:
+        """The weights of this device's slots, inside the shard_map; as for `ExpertBank`."""
+
+        def fetch(variable: QuantizedWeight) -> jax.Array:
+            value = variable[...]
+            return value if placement is None else gather_bank(value, placement, self.num_experts)
+
+        return QuantizedExpertWeights(
+            QuantizedMatrices(fetch(self.w_in_values), fetch(self.w_in_scales)),
+            QuantizedMatrices(fetch(self.w_out_values), fetch(self.w_out_scales)),
+        )
+
+    def run(
+        self, rows: Rows, weights: QuantizedExpertWeights, *, budget: Budget, config: ExpertsConfig
+    ) -> jax.Array:
+        """As `moejax.experts.run_experts`.
+
+        Where no kernel serves, weights are dequantized for the time of the layer.
+        """
+        float8, (w_in, w_out) = self.rows == "float8", (weights.w_in, weights.w_out)
+        (slots, _, hidden, d_model), dtype = w_in.values.shape, rows.x_RD.dtype
+        case = quantized_experts.Case(d_model, hidden, config.activation, dtype, w_in.values.dtype)
+        if not float8 and quantized_experts.refusal("mosaic_gpu", case) is not None:
+            w_in_SDNH = jnp.swapaxes(dequantize(w_in, dtype), 1, 2)
+            plain = ExpertWeights(w_in_SDNH, dequantize(w_out, dtype), None, None)
+            return run_experts(rows, plain, budget=budget, config=config)
+
+        assignments = min(budget.assignments, rows.ids_RJ.size)
+        places = places_for(slots, assignments, quantized_experts.ROW_ALIGNMENT)
+        place_RJ, sizes_S, copy_A, _ = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
+        return quantized_experts.quantized_experts(
+            rows.x_RD,
+            w_in,
+            w_out,
+            rows.scores_RJ,
+            place_RJ,
+            copy_A,
+            sizes_S,
+            activation=config.activation,
+            rows="float8" if float8 else "bfloat16",
+        )

@@ -1,0 +1,90 @@
+"""Which cut a trace gets: that of the table in use, or the heuristic's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+
+from pallas_kernels.tuning.product import Cut, Product
+from pallas_kernels.tuning.table import Table, device_slug, read_table
+
+__all__ = ["cut_for", "device_kind", "package_table", "recorded", "use_table"]
+
+TABLES = Path(__file__).parent / "tables"
+NONE = Table("", {})
+
+_used: ContextVar[Table | None] = ContextVar("used_table", default=None)
+_asked: ContextVar[dict[Product, Cut] | None] = ContextVar("asked_products", default=None)
+
+
+def device_kind() -> str:
+    """The name of the first device of the default platform."""
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def package_table(device: str) -> Path:
+    """Where the library's own table for a device lies, or would lie."""
+    return TABLES / f"{device_slug(device)}.json"
+
+
+@lru_cache
+def _own(device: str) -> Table:
+    path = package_table(device)
+    return read_table(path, device) if path.is_file() else NONE
+
+
+@contextmanager
+def use_table(table: str | os.PathLike[str] | Table | None) -> Iterator[None]:
+    """What is traced inside asks this table in the place of the library's own.
+
+    A program that was compiled before keeps the sizes that it was traced with.
+
+    Args:
+        table: a file, read and checked at once, or a table; None: no table, so that the heuristic
+            alone decides.
+
+    Raises:
+        TableError: the file is no valid table, or is one for another device.
+    """
+    if table is None:
+        table = NONE
+    elif not isinstance(table, Table):
+        table = read_table(table, device_kind())
+    token = _used.set(table)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[Product, Cut]]:
+    """Gathers the products that are asked for while tracing inside, with the heuristic's cuts."""
+    asked: dict[Product, Cut] = {}
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
+
+
+def cut_for(product: Product, heuristic: Cut) -> Cut:
+    """The cut of the table in use; the heuristic's where that has no entry.
+
+    Raises:
+        TableError: the library's table for this device is not valid.
+    """
+    asked = _asked.get()
+    if asked is not None:
+        asked[product] = heuristic
+    table = _used.get()
+    if table is None:
+        table = _own(device_kind())
+    entry = table.entries.get(product)
+    return heuristic if entry is None else entry.cut

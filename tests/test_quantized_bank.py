@@ -1,0 +1,86 @@
+"""Layers whose experts have 8-bit weights, over meshes of fake devices."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+from oracle import relative_error
+
+from moejax.config import ExpertsConfig, MoEConfig, RouterConfig
+from moejax.errors import UserError
+from moejax.placement.arrays import from_slots
+from moejax.standalone import ShardedMoELayer
+from pallas_kernels.quantized_experts.format import dequantize, quantize
+from sharding.mesh import MeshShape, make_mesh
+
+CONFIG = MoEConfig(router=RouterConfig(num_experts=6, top_k=2), experts=ExpertsConfig(hidden=256))
+
+
+def build(mesh=None, config=CONFIG, d_model=128):
+    mesh = make_mesh(MeshShape()) if mesh is None else mesh
+    return ShardedMoELayer(d_model, config, mesh=mesh, rngs=nnx.Rngs(3))
+
+
+def rounded(moe, dtype):
+    """The same layer with the weights that quantizing leaves, in float32."""
+    bank = moe.layer.bank
+    w_in = jnp.swapaxes(bank.w_in[...], 1, 2)
+    w_in = jnp.swapaxes(dequantize(quantize(w_in, dtype), jnp.float32), 1, 2)
+    bank.w_in.set_value(w_in)
+    bank.w_out.set_value(dequantize(quantize(bank.w_out[...], dtype), jnp.float32))
+    return moe
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "tensor": 2}])
+def test_layer_equals_its_dequantized_weights(rng, dtype, mesh):
+    x = jnp.asarray(rng.normal(size=(24, 128)), jnp.float32)
+    mesh = make_mesh(MeshShape(**mesh))
+    moe = build(mesh)
+    plain = moe(x)[0]
+    moe.layer.quantize_experts(dtype, tensor=mesh.shape["tensor"])
+    got = moe(x)[0]
+    want = rounded(build(mesh), jnp.dtype(dtype))(x)[0]
+    assert np.array_equal(got, want)
+    # A block's step is its largest magnitude / 127, or an e4m3 value's 1/16 at most.
+    assert 1e-4 < relative_error(got, plain) < (0.02 if dtype == "int8" else 0.06)
+
+
+def test_float8_rows(rng):
+    x = jnp.asarray(rng.normal(size=(24, 128)), jnp.float32)
+    moe = build()
+    plain = moe(x)[0]
+    moe.layer.quantize_experts("float8_e4m3fn", rows="float8")
+    assert 0.01 < relative_error(moe(x)[0], plain) < 0.07
+
+
+def test_with_copies_of_experts(rng):
+    """Quantized weights are gathered like others."""
+    mesh = make_mesh(MeshShape(expert=2))
+    x = jnp.asarray(rng.normal(size=(16, 128)), jnp.float32)
+    moe = build(mesh)
+    moe.layer.quantize_experts("int8")
+    slots = np.array([0, 1, 2, 0, 3, 4, 5, 3], np.int32)
+    got = moe(x, from_slots(slots, 6))[0]
+    assert relative_error(got, moe(x)[0]) < 1e-6
+
+
+def test_it_has_no_parameters_but_the_routers():
+    moe = build()
+    moe.layer.quantize_experts("int8")
+    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(moe, nnx.Param))}
+    assert names == {"layer/router/w_DE"}
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="bias=True: only experts without biases"):
+        build(config=MoEConfig(experts=ExpertsConfig(bias=True))).layer.quantize_experts("int8")
+    with pytest.raises(UserError, match="hidden=256 over tensor=4 devices"):
+        build().layer.quantize_experts("int8", tensor=4)
+    with pytest.raises(UserError, match="rows='float8' with int8 weights"):
+        build().layer.quantize_experts("int8", rows="float8")
+    moe = build()
+    moe.layer.quantize_experts("float8_e4m3fn", rows="float8")
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda x: jnp.sum(moe(x)[0]))(jnp.ones((4, 128)))
