@@ -56,17 +56,18 @@ class Bench:
 
     def forward(self, candidate: Candidate) -> tuple[Timing, dict[str, Any]]:
         """Checks, then times y."""
-        compiled = jax.jit(candidate.forward).lower(*self.first).compile()
-        y_TD = compiled(*self.first)
+        first = (candidate.prepare(self.weights), self.bias, self.x_TD)
+        compiled = jax.jit(candidate.forward).lower(*first).compile()
+        y_TD = compiled(*first)
         error = self.output_error(self.weights, self.bias, self.x_TD, self.sample_S, y_TD)
-        more = {"error_vs_float32": check(float(error), "y")}
+        more = {"error_vs_float32": check(float(error), "y", candidate.limit)}
         del y_TD
-        called = self.time(compiled, *self.first)
+        called = self.time(compiled, *first)
         if not self.shape.decode:
             return called, more
-        return self.decode(candidate), more | {"ms_single_calls": round(called.ms, 5)}
+        return self.decode(candidate, first), more | {"ms_single_calls": round(called.ms, 5)}
 
-    def decode(self, candidate: Candidate) -> Timing:
+    def decode(self, candidate: Candidate, first: tuple) -> Timing:
         """Times a program of many layers in a row, as a decoding step is.
 
         A call of one layer is over before the next is issued, so calls would time the host. Each
@@ -81,10 +82,10 @@ class Bench:
 
             return lax.fori_loop(0, DECODE_STEPS, layer, x_TD)
 
-        compiled = jax.jit(chain).lower(*self.first).compile()
-        if not bool(jnp.array_equal(compiled(*self.first), self.x_TD)):
+        compiled = jax.jit(chain).lower(*first).compile()
+        if not bool(jnp.array_equal(compiled(*first), self.x_TD)):
             raise ArithmeticError("the chain of layers changed its input")
-        return self.time(compiled, *self.first, layers=DECODE_STEPS)
+        return self.time(compiled, *first, layers=DECODE_STEPS)
 
     def backward(self, candidate: Candidate) -> tuple[Timing, dict[str, Any]]:
         """Checks all gradients, then times y and them."""
