@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GPU_TESTS := $(addprefix tests/test_,hopper_kernels.py route_kernels.py ragged_groups.py \
+	quantized_experts.py fp8_experts.py)
 ARGS ?=
 EXTRAS ?= dev# e.g. make train EXTRAS=dev,cuda13
 
@@ -45,7 +47,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest --gpu tests/test_hopper_kernels.py tests/test_route_kernels.py $(ARGS)
+	$(BIN)/python -m pytest --gpu $(GPU_TESTS) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,10 +24,10 @@ from pallas_kernels.hopper.gather import optional_index, start_gather
 from pallas_kernels.hopper.ragged import EIGHT
 from pallas_kernels.hopper.ring import Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
-    FEW,
     HALF,
     ROWS,
     TileMap,
+    enough_of,
     place_in_bands,
     swizzled,
 )
@@ -113,12 +113,10 @@ def rows_kernel(
                 source = lhs.at[pl.ds(first_row(m), count), pl.ds(k * tile_k, tile_k)]
                 plgpu.copy_gmem_to_smem(source, first, barrier)
 
-            if not short:
+            if short:
+                enough_of(wanted, ROWS, load_first)
+            else:
                 load_first(ROWS)
-                return
-            pl.when(wanted <= FEW)(partial(load_first, FEW))
-            pl.when((wanted > FEW) & (wanted <= HALF))(partial(load_first, HALF))
-            pl.when(wanted > HALF)(partial(load_first, ROWS))
 
         def place(i):
             return place_in_bands(sm + i * config.sms, tiles_m, n_tiles, config.band)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "ROWS",
     "STRIP",
     "TileMap",
+    "enough_of",
     "out_scratch",
     "place_in_bands",
     "store_strips",
@@ -30,7 +32,7 @@ COMPUTE = 2  # warpgroups that multiply; one more loads
 HALF = 64  # rows of a tile for each of them
 ROWS = COMPUTE * HALF  # rows of a tile
 STRIP = 64  # columns that are stored at a time
-FEW = 16  # rows of a tile that is nearly empty
+FEW = (16, 32, 64)  # rows of a tile that are moved where no more are wanted
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +93,20 @@ def out_scratch(dtype: Any, slots: int = 2) -> Any:
     return plgpu.SMEM((COMPUTE, slots, HALF, STRIP), dtype, transforms=swizzled(dtype))
 
 
+def enough_of(wanted: Any, most: int, move: Callable[[int], None]) -> None:
+    """Moves the smallest of the sizes `FEW` and `most` that holds what is wanted.
+
+    Args:
+        wanted: rows; more than `most` count as so many.
+        most: rows.
+        move: number of rows -> None.
+    """
+    sizes = [size for size in FEW if size < most]
+    for fewer, size in zip([-1, *sizes], [*sizes, most], strict=True):
+        enough = wanted > fewer if size == most else (wanted > fewer) & (wanted <= size)
+        pl.when(enough)(partial(move, size))
+
+
 def store_strips(
     values: Any, out: Any, out_smem: Any, warpgroup: Any, row: Any, column: Any, wanted: Any = None
 ) -> None:
@@ -124,5 +140,4 @@ def store_strips(
         if wanted is None:
             store(HALF)
         else:
-            pl.when((wanted > 0) & (wanted <= FEW))(partial(store, FEW))
-            pl.when(wanted > FEW)(partial(store, HALF))
+            pl.when(wanted > 0)(partial(enough_of, wanted, HALF, store))
