@@ -24,6 +24,7 @@ from pallas_kernels.quantized_experts.format import (
     quantize,
 )
 from pallas_kernels.route.api import sorted_tiles
+from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
 __all__ = ["ExpertRows", "QuantizedExpertBank", "QuantizedWeight", "WeightDtype"]
@@ -82,7 +83,7 @@ class QuantizedExpertBank(nnx.Module):
             raise UserError(
                 f"rows='float8' with {dtype} weights: float8 rows need float8_e4m3fn weights"
             )
-        self.num_experts, self.rows = bank.num_experts, rows
+        self.num_experts, self.rows, self.tensor = bank.num_experts, rows, tensor
         # [slots, D, N, H] → matrices [slots, N, D, H]; values come out with H before D.
         w_in = quantize(jnp.swapaxes(bank.w_in[...], 1, 2), jnp.dtype(dtype))
         w_out = quantize(bank.w_out[...], jnp.dtype(dtype))
@@ -99,7 +100,17 @@ class QuantizedExpertBank(nnx.Module):
         )
 
     def weights(self, placement: Placement | None, dtype) -> QuantizedExpertWeights:
-        """The weights of this device's slots, inside the shard_map; as for `ExpertBank`."""
+        """The weights of this device's slots, inside the shard_map; as for `ExpertBank`.
+
+        Raises:
+            UserError: the mesh has another number of devices along `tensor` than was said.
+        """
+        devices = collectives.axis_size(TENSOR)
+        if devices != self.tensor:
+            raise UserError(
+                f"experts quantized for tensor={self.tensor} on a mesh of tensor={devices}: pass "
+                f"tensor={devices} to quantize_experts"
+            )
 
         def fetch(variable: QuantizedWeight) -> jax.Array:
             value = variable[...]
@@ -123,7 +134,8 @@ class QuantizedExpertBank(nnx.Module):
         if not float8 and quantized_experts.refusal("mosaic_gpu", case) is not None:
             w_in_SDNH = jnp.swapaxes(dequantize(w_in, dtype), 1, 2)
             plain = ExpertWeights(w_in_SDNH, dequantize(w_out, dtype), None, None)
-            return run_experts(rows, plain, budget=budget, config=config)
+            y_RD = run_experts(rows, plain, budget=budget, config=config)
+            return quantized_experts.without_gradient(y_RD)
 
         assignments = min(budget.assignments, rows.ids_RJ.size)
         places = places_for(slots, assignments, quantized_experts.ROW_ALIGNMENT)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 from oracle import relative_error
 
+from pallas_kernels.grouped_matmul import api, blocked
 from pallas_kernels.grouped_matmul.api import Case, explain, grouped_matmul, row_alignment
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -163,3 +164,41 @@ def test_row_alignment(rows, groups):
     alignment = row_alignment(rows, groups, 64, 64, jnp.bfloat16)
     assert alignment in (1, 2, 4, 8, 16, 32, 64, 128)
     assert groups * (alignment - 1) < max(rows, 2)
+
+
+@pytest.mark.parametrize("popular", [0, 3, None])
+def test_gradient_of_skewed_groups(rng, popular):
+    """What large groups have beyond twice the mean is summed a block at a time."""
+    sizes = np.zeros(16, np.int32)
+    if popular is None:
+        sizes[[2, 9, 10]] = 700, 250, 50
+    else:
+        sizes[popular] = 1000
+    lhs, ct = (rng.normal(size=(1010, n)).astype(np.float32) for n in (24, 8))
+    gradient = jax.jit(lambda *a: blocked.weights_gradient(*a, 4, np.float32))
+    got = gradient(jnp.asarray(lhs), jnp.asarray(ct), jnp.asarray(sizes))
+    want = np.zeros((16, 24, 8))
+    for g, (start, size) in enumerate(zip(np.cumsum(sizes) - sizes, sizes)):
+        rows = slice(start, start + size)
+        want[g] = lhs[rows].astype(np.float64).T @ ct[rows]
+    assert relative_error(got, want) < 1e-6
+    assert not np.asarray(got)[sizes == 0].any()
+
+
+def test_operands_that_do_not_match():
+    f32 = jnp.float32
+    sizes = jnp.array([4], jnp.int32)
+    for lhs, rhs, message in (
+        ((4, 8), (1, 16, 2), r"rows \[4, 8\] with matrices \[1, 16, 2\]"),
+        ((4, 8), (8, 2), r"must be \[M, K\] and \[G, K, N\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            api.grouped_matmul(jnp.zeros(lhs, f32), jnp.zeros(rhs, f32), sizes)
+    with pytest.raises(ValueError, match="float32 with matrices of bfloat16"):
+        api.grouped_matmul(jnp.zeros((4, 8)), jnp.zeros((1, 8, 2), jnp.bfloat16), sizes)
+    with pytest.raises(ValueError, match="alignment=0"):
+        api.grouped_matmul(jnp.zeros((4, 8)), jnp.zeros((1, 8, 2)), sizes, alignment=0)
+    for offset in (np.int32(-1), np.int32(1), jnp.int32(7)):
+        with pytest.raises(ValueError, match=r"group_offset .* it can be from 0 to 0"):
+            api.grouped_matmul(jnp.zeros((4, 8)), jnp.zeros((1, 8, 2)), sizes, group_offset=offset)
+    assert api.grouped_matmul(jnp.ones((4, 0)), jnp.ones((1, 0, 2)), sizes).shape == (4, 2)

@@ -317,6 +317,31 @@ def test_nothing_to_compute():
     assert out.shape == (0, 64) and out.dtype == bf16
 
 
+@pytest.mark.parametrize(
+    "w_in,w_out,dtype,message",
+    [
+        ((1, 64, 2, 64), (1, 128, 64), "bfloat16", r"must be \[R, D\], \[S, D, 2, H\]"),
+        ((1, 128, 2, 64), (1, 64, 128), "bfloat16", r"rows \[4, 64\] with projections"),
+        ((1, 64, 1, 64), (1, 64, 64), "bfloat16", "for swiglu"),
+        ((1, 64, 2, 64), (1, 64, 64), "float32", "must be of one dtype"),
+        ((2, 64, 2, 64), (2, 64, 64), "bfloat16", "sizes of 1 slots for 2 matrices"),
+    ],
+)
+def test_operands_that_do_not_match(w_in, w_out, dtype, message):
+    place = jnp.zeros((4, 1), jnp.int32)
+    with pytest.raises(ValueError, match=message):
+        fused.fused_experts(
+            jnp.zeros((4, 64), jnp.bfloat16),
+            jnp.zeros(w_in, dtype),
+            jnp.zeros(w_out, dtype),
+            jnp.ones((4, 1)),
+            place,
+            jnp.zeros((128,), jnp.int32),
+            jnp.array([128], jnp.int32),
+            activation="swiglu",
+        )
+
+
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="stages=1"):
         RowsConfig(tile_n=64, sms=1, stages=1)

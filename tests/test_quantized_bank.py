@@ -1,5 +1,7 @@
 """Layers whose experts have 8-bit weights, over meshes of fake devices."""
 
+from contextlib import nullcontext
+
 import jax
 import numpy as np
 import pytest
@@ -11,9 +13,14 @@ from moejax.config import ExpertsConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
 from moejax.placement.arrays import from_slots
 from moejax.standalone import ShardedMoELayer
+from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.hopper.compat import interpreted
+from pallas_kernels.quantized_experts import api as quantized
 from pallas_kernels.quantized_experts.format import dequantize, quantize
 from sharding.mesh import MeshShape, make_mesh
 
+ON_GPU = jax.default_backend() == "gpu"
+OLD = jax.__version_info__ < (0, 11) and not ON_GPU
 CONFIG = MoEConfig(router=RouterConfig(num_experts=6, top_k=2), experts=ExpertsConfig(hidden=256))
 
 
@@ -73,6 +80,35 @@ def test_it_has_no_parameters_but_the_routers():
     assert names == {"layer/router/w_DE"}
 
 
+@pytest.mark.skipif(OLD, reason="jax 0.10 cannot interpret the kernels")
+@pytest.mark.parametrize(
+    "dtype,rows", [("int8", "compute"), ("float8_e4m3fn", "float8"), (None, "")]
+)
+def test_layer_on_its_kernels(rng, monkeypatch, dtype, rows):
+    """The whole layer with Hopper kernels, with masked tokens that hold NaN, against without."""
+    x = rng.normal(size=(24, 128)).astype(np.float32)
+    mask = rng.random(24) < 0.8
+    x[~mask] = np.nan
+    x = jnp.asarray(x, jnp.bfloat16)
+
+    def output():
+        moe = build()
+        if dtype is not None:
+            moe.layer.quantize_experts(dtype, rows=rows)
+        return np.asarray(moe(x, token_mask=jnp.asarray(mask))[0], np.float32)
+
+    with nullcontext() if ON_GPU else interpreted(), monkeypatch.context() as patch:
+        for module in (fused, quantized):
+            patch.setattr(module, "hopper_refusal", lambda *_, **__: None)
+        got = output()
+    if ON_GPU:
+        monkeypatch.setattr(fused, "hopper_refusal", lambda *_, **__: "forced")
+        monkeypatch.setattr(quantized, "hopper_refusal", lambda *_, **__: "forced")
+    want = output()
+    assert not got[~mask].any() and np.isfinite(got).all()
+    assert 0 < relative_error(got[mask], want[mask]) < 1e-2
+
+
 def test_refusals():
     with pytest.raises(UserError, match="bias=True: only experts without biases"):
         build(config=MoEConfig(experts=ExpertsConfig(bias=True))).layer.quantize_experts("int8")
@@ -80,7 +116,14 @@ def test_refusals():
         build().layer.quantize_experts("int8", tensor=4)
     with pytest.raises(UserError, match="rows='float8' with int8 weights"):
         build().layer.quantize_experts("int8", rows="float8")
-    moe = build()
-    moe.layer.quantize_experts("float8_e4m3fn", rows="float8")
-    with pytest.raises(NotImplementedError, match="no gradient"):
-        jax.grad(lambda x: jnp.sum(moe(x)[0]))(jnp.ones((4, 128)))
+    for dtype, rows in (("float8_e4m3fn", "float8"), ("int8", "compute")):
+        moe = build()
+        moe.layer.quantize_experts(dtype, rows=rows)
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            jax.grad(lambda x, moe=moe: jnp.sum(moe(x)[0]))(jnp.ones((4, 128)))
+        with pytest.raises(UserError, match="quantized already"):
+            moe.layer.quantize_experts("int8")
+    split = build(make_mesh(MeshShape(tensor=2)))
+    split.layer.quantize_experts("int8")
+    with pytest.raises(UserError, match="quantized for tensor=1 on a mesh of tensor=2: pass"):
+        split(jnp.ones((4, 128)))

@@ -76,8 +76,19 @@ def test_quantized_rows(rng):
 
 
 def test_not_a_number_is_seen():
-    q = quantize(jnp.full((128, 128), jnp.nan), jnp.float8_e4m3fn)
-    assert np.isnan(np.asarray(dequantize(q, jnp.float32))).all()
+    """One in a block is in its scale, and so in all of the block; others keep theirs."""
+    for dtype in (jnp.int8, jnp.float8_e4m3fn):
+        for bad in (np.nan, np.inf):
+            w = np.ones((128, 256), np.float32)
+            w[3, 200] = bad
+            q = quantize(jnp.asarray(w), dtype)
+            assert np.isfinite(np.asarray(q.values).astype(np.float32)).all()
+            assert np.isfinite(q.scales[0]).all() and np.isnan(q.scales[1]).all()
+            back = np.asarray(dequantize(q, jnp.float32))
+            assert np.isnan(back[:, 128:]).all() and np.allclose(back[:, :128], 1)
+    values, scales = quantize_rows(jnp.ones((2, 256)).at[1, 3].set(jnp.nan))
+    assert np.isfinite(np.asarray(values).astype(np.float32)).all()
+    assert np.array_equal(np.isnan(scales), [[False, False], [True, False]])
     with pytest.raises(ValueError, match="dtype=int4: quantized values are int8 or float8_e4m3fn"):
         quantize(jnp.zeros((128, 128)), jnp.int4)
 
@@ -312,7 +323,7 @@ def test_sizes_that_do_not_fit_are_refused():
         DecodeConfig(24, 1, 2, 4, 1)
     with pytest.raises(ValueError, match="phases=3 is none of"):
         DecodeConfig(8, 1, 3, 4, 1)
-    with pytest.raises(ValueError, match="lag=4: at least 1, and fewer than the 4 stages"):
+    with pytest.raises(ValueError, match="lag=4 with stages=2: must be from 1 to 2"):
         DecodeConfig(8, 1, 2, 2, 1, lag=4)
     for assignments, slots, columns in ((2, 8, 8), (32, 8, 16), (128, 8, 32), (10**6, 8, 64)):
         assert choose_decode(assignments, slots, 2).columns == columns

@@ -120,6 +120,13 @@ def test_values_of_the_chosen_and_their_gradient(rng, backend):
     want[rows, ids] = ct
     assert np.array_equal(ids, numpy_top_k(scores, 2))
     assert np.array_equal(out, values[rows, ids])
+    tangents = run(
+        jax.jit(lambda s, v, t: jax.jvp(lambda v: chosen(s, v)[0], (v,), (t,))[1]),
+        scores,
+        values,
+        scores,
+    )
+    assert np.array_equal(tangents, scores[rows, ids])
     assert np.array_equal(values_ct, want) and not scores_ct.any()
 
 
@@ -249,6 +256,10 @@ def test_refusals(rng):
         api.sorted_tiles(ids, groups=4, places=9600, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"scores are bfloat16"):
         api.top_k(jnp.zeros((4, 8), jnp.bfloat16), 2, backend="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=r"values are bfloat16"):
+        api.top_k(
+            jnp.zeros((4, 8)), 2, values_TE=jnp.zeros((4, 8), jnp.bfloat16), backend="mosaic_gpu"
+        )
     with pytest.raises(NotImplementedError, match=r"40 assignments a row"):
         api.sorted_places(
             jnp.zeros((4, 40), jnp.int32), groups=64, alignment=8, places=8, backend="mosaic_gpu"

@@ -1,76 +1,53 @@
-"""Tuning tables: what is refused, that results do not depend on them; the search."""
+"""What a table decides, that results do not depend on it, and multiprocessors left free."""
 
-import copy
 import itertools
-import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from oracle import relative_error
-from tuning_support import MEASURED, OLD, ON_GPU, PLACE, PRODUCT, ask, small_layer, table_of
+from tuning_support import (
+    OLD,
+    ON_GPU,
+    PLACE,
+    PRODUCT,
+    ask,
+    random_products,
+    small_layer,
+    table_of,
+)
 
 from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.grouped_matmul import api as products
 from pallas_kernels.hopper.compat import H100_SMS, interpreted
 from pallas_kernels.hopper.config import RING, choose_config
-from pallas_kernels.tuning import Cut, Table, TableError, use_table
-from pallas_kernels.tuning.lookup import TABLES, device_kind, package_table
-from pallas_kernels.tuning.product import BANDS, bucket, candidates, refusal
+from pallas_kernels.tuning import Cut, Table, use_table
+from pallas_kernels.tuning.lookup import cut_for, device_kind
+from pallas_kernels.tuning.product import BANDS, DTYPES, FLAGS, KERNELS, candidates, refusal
 from pallas_kernels.tuning.search import asked_by
-from pallas_kernels.tuning.table import device_slug, read_table, store_table
 from pallas_kernels.tuning.works import Layer, Products
 
 
-def random_products(rng, count):
-    for _ in range(count):
-        parts = int(rng.integers(1, 3))
-        yield replace(
-            PRODUCT,
-            kernel=str(rng.choice(["experts_up", "rows_gradient"])),
-            contraction=64 * int(rng.integers(1, 400)),
-            columns=64 * int(rng.integers(1, 400)),
-            groups=int(rng.integers(1, 512)),
-            assignments=bucket(int(rng.integers(1, 10**6))),
-            parts=parts,
-            flags=tuple(f for f in ("few", "gather", "keep") if rng.random() < 0.5),
-        )
+def test_which_table_a_jitted_function_keeps():
+    """The two sides of staleness that the documentation tells, and its remedy."""
 
+    def width(x):
+        return x + ask(PRODUCT).tile_n
 
-def test_tables_round_trip(rng, tmp_path):
-    heuristic = Cut(64, 2, 1)
-    cuts = {p: candidates(p, heuristic, 100)[-1] for p in random_products(rng, 20)}
-    path = tmp_path / "folder" / "table.json"
-    store_table(table_of(cuts), path)
-    assert read_table(path, device_kind()) == table_of(cuts)
-    first = path.read_text()
-    store_table(table_of(dict(reversed(cuts.items()))), path)
-    assert path.read_text() == first  # whatever the order
-    assert list(path.parent.iterdir()) == [path]
-    with use_table(path):
-        for product, cut in cuts.items():
-            assert ask(product) == cut
-            # any number of rows of the same power of two
-            rows = int(rng.integers(product.assignments, 2 * product.assignments))
-            assert ask(product, assignments=rows) == cut
+    def fresh():
+        return int(jax.jit(lambda *a: width(*a))(0))
 
+    def again(x):
+        return width(x)
 
-def test_a_failed_write_leaves_the_table(tmp_path, monkeypatch):
-    path = tmp_path / "table.json"
-    store_table(table_of({PRODUCT: Cut(128, 6, 4)}), path)
-    before = path.read_text()
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        store_table(table_of({PRODUCT: Cut(256, 4, 8)}), path)
-    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_no_impossible_cut_is_stored(tmp_path):
-    with pytest.raises(ValueError, match="bytes of shared memory"):
-        store_table(table_of({PRODUCT: Cut(256, 5, 4)}), tmp_path / "table.json")
-    assert not list(tmp_path.iterdir())
+    before, inside = jax.jit(width), jax.jit(again)
+    assert before(0) == 256
+    with use_table(table_of({PRODUCT: Cut(128, 6, 4)})):
+        assert (before(0), inside(0), fresh()) == (256, 128, 128)
+    assert (before(0), inside(0), fresh()) == (256, 128, 256)
 
 
 def test_what_a_table_does_not_have_is_the_heuristics():
@@ -94,6 +71,7 @@ def test_what_a_table_does_not_have_is_the_heuristics():
             with use_table(None):
                 expected = ask(PRODUCT, **changed)
             assert ask(PRODUCT, **changed) == expected != Cut(128, 5, 8), name
+        assert cut_for(replace(PRODUCT, tile_k=128), heuristic) == heuristic
         assert ask(PRODUCT, columns=14336 * 2).band == 4
         assert ask(PRODUCT, kernel="") == heuristic  # no kernel, no table
     assert ask(PRODUCT) == heuristic
@@ -113,115 +91,6 @@ def test_the_heuristic(columns, options, expected):
     found = choose_config(columns, **options)
     assert Cut(found.tile_n, found.stages, found.band) == expected
     assert found.tile_k == 64 and found.sms == (H100_SMS if not ON_GPU else found.sms)
-
-
-def test_the_librarys_tables():
-    paths = list(TABLES.glob("*.json"))
-    assert paths
-    for path in paths:
-        table = read_table(path)
-        assert path == package_table(table.device)
-    assert device_slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
-
-
-def valid():
-    entry = {
-        "product": asdict(PRODUCT),
-        "cut": asdict(Cut(256, 4, 8)),
-        "measured": asdict(MEASURED),
-    }
-    return json.loads(json.dumps({"format": 1, "device": device_kind(), "entries": [entry] * 1}))
-
-
-def broken(*path_and_value):
-    *path, last, value = path_and_value
-    content = found = valid()
-    for step in path:
-        found = found[step]
-    if value is KeyError:
-        del found[last]
-    else:
-        found[last] = value
-    return json.dumps(content)
-
-
-CUT, KEY, NUMBERS = (("entries", 0, name) for name in ("cut", "product", "measured"))
-HOSTILE = {
-    "tile does not divide": (broken(*KEY, "columns", 14400), "tiles of 128 do not divide 14400"),
-    "no multiple": (broken(*CUT, "tile_n", 250), "tile_n=250 is not 2 times a multiple of 64"),
-    "too wide": (broken(*CUT, "tile_n", 512), "tile_n=512 is more than the 256 columns"),
-    "shared memory": (broken(*CUT, "stages", 5), "245760 bytes of shared memory, and 196608"),
-    "one stage": (broken(*CUT, "stages", 1), "stages=1: a stage is released a step late"),
-    "unknown field": (broken(*CUT, "tile_k", 128), "cut has an unknown field 'tile_k'"),
-    "missing field": (broken(*CUT, "band", KeyError), "cut has no field 'band'"),
-    "float": (broken(*CUT, "band", 4.0), "band is 4.0, not a positive integer"),
-    "bool": (broken(*CUT, "band", True), "band is True, not a positive integer"),
-    "negative": (broken(*CUT, "band", -4), "band is -4, not a positive integer"),
-    "huge": (broken(*CUT, "band", 10**30), "not a positive integer"),
-    "text": (broken(*CUT, "tile_n", "256\n"), r"tile_n is '256\n', not a positive integer"),
-    "cut is a list": (broken(*CUT[:-1], "cut", [256, 4, 4]), "cut is [256, 4, 4], not an object"),
-    "no product": (broken(*KEY[:-1], "product", KeyError), "it has no field 'product'"),
-    "bucket": (broken(*KEY, "assignments", 1000), "assignments are 1000, no power of two"),
-    "flags": (broken(*KEY, "flags", ["keep", "gather"]), "not sorted or not distinct"),
-    "flags are text": (broken(*KEY, "flags", "keep"), "flags are 'keep', not a list of names"),
-    "a flag is a number": (broken(*KEY, "flags", [1]), "flags are [1], not a list of names"),
-    "NaN": (broken(*NUMBERS, "ms", float("nan")), "ms is nan, not a positive number"),
-    "infinite": (broken(*NUMBERS, "ms", float("inf")), "ms is inf, not a positive number"),
-    "twice": (broken("entries", valid()["entries"] * 2), "entry 1: its product has an entry"),
-}
-HOSTILE_FILES = {
-    "newer": (broken("format", 2), "format 2 is newer than 1, the newest that this version reads"),
-    "format": (broken("format", "1"), "format is '1', not a positive integer"),
-    "other device": (broken("device", "NVIDIA H200"), "a table for 'NVIDIA H200'"),
-    "entries": (broken("entries", {}), "'device' must be a name and 'entries' a list"),
-    "unknown": (broken("version", 3), "the table has an unknown field 'version'"),
-    "no object": ("[1]", "a JSON object with 'format' is expected"),
-    "cut short": (broken("format", 1)[:-9], ""),
-    "no JSON": ("tile_n = 256", "Expecting value"),
-    "empty": ("", "Expecting value"),
-    "field twice": ('{"format": 1, "format": 1}', "a field twice"),
-    "nested": ("[" * 100_000, "nested"),
-    "digits": ('{"format": ' + "9" * 5000 + "}", ""),
-    "no text": (b"\xff\xfe\x00", "can't decode"),
-}
-
-
-@pytest.mark.parametrize("case", [*HOSTILE, *HOSTILE_FILES])
-def test_hostile_tables_are_refused_in_one_line(case, tmp_path):
-    content, reason = (HOSTILE | HOSTILE_FILES)[case]
-    path = tmp_path / "table.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(TableError) as caught, use_table(path):
-        pass
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 500
-    assert reason in message
-    assert case not in HOSTILE or re.search(r"entry \d: ", message)
-
-
-def test_valid_means_valid(tmp_path):
-    """The tables above are broken by what they change alone."""
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps(valid()))
-    assert read_table(path).entries[PRODUCT].cut == Cut(256, 4, 8)
-    assert json.loads(broken(*CUT, "band", 8)) == valid() == copy.deepcopy(valid())
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    for path in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(TableError, match=re.escape(f"{path}: ")), use_table(path):
-            pass
-
-
-def test_a_broken_table_of_the_library_is_no_silent_heuristic(tmp_path, monkeypatch):
-    monkeypatch.setattr("pallas_kernels.tuning.lookup.TABLES", tmp_path)
-    monkeypatch.setattr("pallas_kernels.tuning.lookup.device_kind", lambda: "made up")
-    (tmp_path / "made_up.json").write_text('{"format": 7}')
-    with pytest.raises(TableError, match="format 7 is newer"):
-        ask(PRODUCT)
-    (tmp_path / "other.json").write_text('{"format": 7}')
-    monkeypatch.setattr("pallas_kernels.tuning.lookup.device_kind", lambda: "Other one")
-    assert ask(PRODUCT) == Cut(256, 4, 4)
 
 
 def test_candidates_are_possible_and_distinct(rng):
@@ -294,6 +163,21 @@ def test_results_do_not_depend_on_the_table(work):
 @pytest.mark.parametrize("work", [small_layer(True), small_products(True)], ids=["layer", "rows"])
 def test_gradients_do_not_depend_on_the_table(work):
     compare_with_and_without(work)
+
+
+def test_the_names_of_what_is_asked_are_known():
+    """What a table may have is what the operations ask for."""
+    asked = {}
+    few = replace(small_layer(False), hidden=4096)
+    for layer in (small_layer(True), replace(few, tokens=256), few):
+        asked |= asked_by(layer)
+    for alignment in (1, 128):
+        asked |= asked_by(replace(small_products(True), alignment=alignment))
+    assert {p.kernel for p in asked} == set(KERNELS)
+    assert {p.dtype for p in asked} == set(DTYPES)
+    assert {flag for p in asked for flag in p.flags} <= set(FLAGS)
+    text = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    assert all(f"`{name}`" in text for name in (*KERNELS, *FLAGS, *DTYPES))
 
 
 def compare_with_and_without(work):

@@ -1,64 +1,14 @@
-"""The search for better cuts, on made-up operations and times, and the command."""
+"""The search for better cuts, on made-up operations and times."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import jax
 import pytest
-from jax import numpy as jnp
-from tuning_support import OLD, ON_GPU, PLACE, PRODUCT, ask, small_layer, table_of
+from tuning_support import OLD, PLACE, Clock, Made, options_of, small_layer
 
-from pallas_kernels.tuning import __main__ as command
 from pallas_kernels.tuning.product import candidates
 from pallas_kernels.tuning.search import Search, asked_by
-from pallas_kernels.tuning.table import read_table, store_table
 from pallas_kernels.tuning.timing import by_name
-
-
-class Made:
-    """An operation of plain JAX that asks for the cuts of two products."""
-
-    name = "made up"
-
-    def __init__(self, wrong=(), refused=(), inaccurate=False, kernels=("first", "second")):
-        self.wrong, self.refused, self.inaccurate = set(wrong), set(refused), inaccurate
-        self.products = [replace(PRODUCT, kernel=name) for name in kernels]
-
-    def shapes(self):
-        return (jax.ShapeDtypeStruct((4,), jnp.float32),)
-
-    def inputs(self):
-        return (jnp.ones((4,), jnp.float32),)
-
-    def function(self, x):
-        outs = []
-        for product in self.products:
-            cut = ask(product)
-            if (product.kernel, cut) in self.refused:
-                raise ValueError("this tile\nmakes the compiler sick")
-            outs.append(x * (1.5 if (product.kernel, cut) in self.wrong else 1.0))
-        return tuple(outs)
-
-    def errors(self, inputs, outputs):
-        return {"x": 0.5 if self.inaccurate else 1e-6}
-
-
-class Clock:
-    """Made-up times: of a cut, relative to the heuristic's, on a clock that gets slower."""
-
-    def __init__(self, better, late=None, names=("first", "second")):
-        self.better, self.late, self.names, self.calls = better, late, names, 0
-
-    def __call__(self, program, inputs, kernels):
-        assert set(kernels) <= {"first", "second"}
-        program.call(*inputs)
-        self.calls += 1
-        drift = 1.0 + 0.0005 * self.calls
-        table = self.better
-        if self.late is not None and len(program.cuts) and self.calls > self.late[0]:
-            table = self.late[1]
-        cuts = {p.kernel: c for p, c in program.cuts.items()}
-        return {n: drift * table.get((n, cuts.get(n)), 1.0) for n in self.names}
 
 
 def search(work, clock, **options):
@@ -70,39 +20,39 @@ def search(work, clock, **options):
     return {product.kernel: finding for product, finding in found.items()}, lines
 
 
-def options_of(count=6):
-    return candidates(PRODUCT, ask(PRODUCT), count)
-
-
 def test_the_search_finds_the_best():
     cuts = options_of()
-    times = {("first", cuts[4]): 0.8, ("first", cuts[2]): 0.9, ("second", cuts[1]): 0.985}
+    times = {
+        ("experts_up", cuts[4]): 0.8,
+        ("experts_up", cuts[2]): 0.9,
+        ("experts_down", cuts[1]): 0.985,
+    }
     found, lines = search(Made(), Clock(times))
-    assert found["first"].cut == cuts[4]
-    assert found["first"].ms / found["first"].heuristic_ms == pytest.approx(0.8, rel=0.02)
-    assert found["second"].cut is None  # 1.5 % are not worth an entry
-    assert found["second"].ms == found["second"].heuristic_ms
+    assert found["experts_up"].cut == cuts[4]
+    assert found["experts_up"].ms / found["experts_up"].heuristic_ms == pytest.approx(0.8, rel=0.02)
+    assert found["experts_down"].cut is None  # 1.5 % are not worth an entry
+    assert found["experts_down"].ms == found["experts_down"].heuristic_ms
     assert "  7 programs, 5 rounds" in lines
 
 
 def test_luck_is_not_stored():
     """What was fast when it was chosen, and is not when timed again."""
     cuts = options_of()
-    lucky = Clock({("first", cuts[0]): 0.5}, late=(7 * 5, {}))
-    assert search(Made(), lucky)[0]["first"].cut is None
+    lucky = Clock({("experts_up", cuts[0]): 0.5}, late=(7 * 5, {}))
+    assert search(Made(), lucky)[0]["experts_up"].cut is None
 
 
 def test_wrong_and_impossible_cuts_are_left_out():
     cuts = options_of()
-    work = Made(wrong=[("first", cuts[0])], refused=[("second", cuts[1])])
+    work = Made(wrong=[("experts_up", cuts[0])], refused=[("experts_down", cuts[1])])
     times = {
-        ("first", cuts[0]): 0.1,
-        ("second", cuts[0]): 0.7,
-        ("first", cuts[1]): 0.6,
-        ("second", cuts[1]): 0.1,
+        ("experts_up", cuts[0]): 0.1,
+        ("experts_down", cuts[0]): 0.7,
+        ("experts_up", cuts[1]): 0.6,
+        ("experts_down", cuts[1]): 0.1,
     }
     found, lines = search(work, Clock(times))
-    assert found["first"].cut == cuts[1] and found["second"].cut == cuts[0]
+    assert found["experts_up"].cut == cuts[1] and found["experts_down"].cut == cuts[0]
     left = [line for line in lines if "left out" in line]
     assert len(left) == 2 and not any("\n" in line for line in left)
     assert any("results differ" in line for line in left)
@@ -112,36 +62,38 @@ def test_wrong_and_impossible_cuts_are_left_out():
 def test_what_the_search_refuses():
     with pytest.raises(RuntimeError, match="made up: the heuristic's result is wrong"):
         search(Made(inaccurate=True), Clock({}))
-    with pytest.raises(RuntimeError, match="no launch of 'second' was seen"):
-        search(Made(), Clock({}, names=("first",)))
-    work = Made(kernels=("first", "first", "second"))
+    with pytest.raises(RuntimeError, match="no launch of 'experts_down' was seen"):
+        search(Made(), Clock({}, names=("experts_up",)))
+    work = Made(kernels=("experts_up", "experts_up", "experts_down"))
     work.products[1] = replace(work.products[1], groups=3)
     found, lines = search(work, Clock({}))
-    assert set(found) == {"second"} and sum("two products" in line for line in lines) == 2
+    assert set(found) == {"experts_down"} and sum("two products" in line for line in lines) == 2
     assert search(Made(), Clock({}), known=Made().products)[0] == {}
 
 
-def test_the_table_after_a_run(tmp_path, capsys):
-    """Entries of others stay, one that is no longer better goes; Ctrl-C keeps what was found."""
-    path, cuts, device = tmp_path / "table.json", options_of(), "NVIDIA H100 80GB HBM3"
-    first, second = Made().products
-    other = replace(PRODUCT, groups=5)
-    store_table(table_of({other: cuts[0], first: cuts[0], second: cuts[0]}, device), path)
+def test_nothing_is_timed_again_where_nothing_is_better():
+    clock = Clock({})
+    found, lines = search(Made(), clock)
+    assert clock.calls == 7 * 5 and not any(finding.cut for finding in found.values())
+    assert "  candidates compiled 6/6" in lines and lines[-1] == "  round 5/5"
 
-    class Interrupted(Made):
-        def inputs(self):
-            raise KeyboardInterrupt
 
-    clock = Clock({("first", cuts[3]): 0.5})
-    works = [Made(), Interrupted(kernels=("third",)), Made(kernels=("fourth",))]
-    command.run(works, path, device, timer=clock, most=6, rounds=3)
-    table = read_table(path, device)
-    assert {p: e.cut for p, e in table.entries.items()} == {other: cuts[0], first: cuts[3]}
-    measured = table.entries[first].measured
-    assert measured.ms < 0.6 * measured.heuristic_ms and measured.jax == jax.__version__
-    assert measured.commit
-    printed = capsys.readouterr().out
-    assert "interrupted; what was found before is kept" in printed and "% less" in printed
+def test_what_looked_better_and_fails_with_others_is_taken_out():
+    """The program of all that looks better is wrong, and so are its parts the second time."""
+    cuts, kept = options_of(), []
+    work = Made()
+
+    def keep(findings):
+        kept.append({p.kernel: found.cut for p, found in findings.items()})
+        work.wrong |= {("experts_up", cuts[0])}
+
+    clock = Clock({("experts_up", cuts[0]): 0.5})
+    with ThreadPoolExecutor(2) as pool:
+        options = dict(timer=clock, rounds=3, keep=keep)
+        found = Search(work, pool, most=6, say=str).finish(**options)
+    assert kept == [{"experts_up": cuts[0], "experts_down": None}]
+    assert not any(finding.cut for finding in found.values()) and clock.calls == 7 * 3
+    assert all(finding.ms == finding.heuristic_ms for finding in found.values())
 
 
 @pytest.mark.parametrize(
@@ -174,49 +126,3 @@ def test_launches_by_name():
     ]
     kernels = ["experts_down", "experts_down_backward", "experts_up"]
     assert by_name(launches, kernels) == {"experts_down": 1.5, "experts_down_backward": 2.0}
-
-
-# The command
-
-SHAPE = ["--shape", "640,64,128,4,2"]
-
-
-@pytest.mark.skipif(ON_GPU, reason="there is a Hopper GPU")
-def test_the_command_refuses_without_a_gpu(tmp_path):
-    with pytest.raises(SystemExit, match="tuning: no Hopper GPU here: the device is 'cpu'"):
-        command.main([*SHAPE, "--output", str(tmp_path / "table.json")])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_dry_run(capsys, tmp_path):
-    command.main([*SHAPE, "--product", "256,64,128,2", "--most", "3", "--dry-run"])
-    printed = capsys.readouterr().out
-    for kernel in ("experts_up", "experts_down_backward", "w_out_gradient", "grouped_matmul"):
-        assert f"  {kernel} " in printed
-    assert printed.count("(the heuristic's)") == printed.count(" groups, ")
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        ([], "nothing to tune"),
-        (["--shape", "64,64,128,4"], "5 positive integers T,D,H,E,K"),
-        (["--shape", "64,64,128,4,-2"], "5 positive integers T,D,H,E,K"),
-        ([*SHAPE, "--rounds", "0"], "--rounds 0: at least 1"),
-        ([*SHAPE, "--tokens", "16", "0"], "--tokens 0: at least 1"),
-    ],
-)
-def test_wrong_arguments(words, message, capsys):
-    with pytest.raises(SystemExit):
-        command.main(words)
-    assert message in capsys.readouterr().err
-
-
-def test_wrong_layers():
-    for words, message in (
-        (["--shape", "64,64,128,4,5"], "5 experts a token, and there are 4"),
-        ([*SHAPE, "--activation", "mish"], "activation 'mish' is none of"),
-        (["--shape", "64,60,128,4,2"], "d_model=60 is no multiple of 64"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            command.main([*words, "--dry-run"])

@@ -182,6 +182,23 @@ def _fused_bwd(activation, backend, reserve, residuals, ct_RD):
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
+def _check_operands(x_RD: Any, w_in: Any, w_out: Any, sizes_S: Any, activation: str) -> None:
+    slots, hidden, d_model = w_out.shape
+    parts = ACTIVATIONS[activation].parts if activation in ACTIVATIONS else w_in.shape[2]
+    if w_in.shape != (slots, d_model, parts, hidden) or x_RD.shape[1:] != (d_model,):
+        raise ValueError(
+            f"rows {list(x_RD.shape)} with projections {list(w_in.shape)} and {list(w_out.shape)}: "
+            f"must be [R, D], [S, D, {parts}, H] and [S, H, D] for {activation}"
+        )
+    if sizes_S.shape != (slots,):
+        raise ValueError(f"sizes of {sizes_S.shape[0]} slots for {slots} matrices")
+    if not x_RD.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(
+            f"rows of {x_RD.dtype} with projections of {w_in.dtype} and {w_out.dtype}: must be of "
+            "one dtype"
+        )
+
+
 def fused_experts(
     x_RD: Float[Array, "R D"],
     w_in_SDNH: Float[Array, "S D N H"],
@@ -220,9 +237,11 @@ def fused_experts(
 
     Raises:
         NotImplementedError: no backend serves; the message has each one's reason.
-        ValueError: `reserve_sms` is no number of multiprocessors, or leaves none.
+        ValueError: shapes or dtypes do not match; `reserve_sms` is no number of multiprocessors, or
+            leaves none.
     """
     check_reserve(reserve_sms)
+    _check_operands(x_RD, w_in_SDNH, w_out_SHD, sizes_S, activation)
     case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)

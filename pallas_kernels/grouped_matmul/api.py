@@ -6,6 +6,7 @@ reason. `explain` says which was chosen and why others were not.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,7 +134,8 @@ def _grouped_bwd(alignment, backend, reserve, residuals, ct):
     elif backend == "mosaic_tpu":
         rhs_ct = mosaic_tpu.weights_gradient(lhs, ct, sizes, dtype=rhs.dtype, **own)
     elif backend == "blocked":
-        rhs_ct = blocked.weights_gradient(lhs, ct, sizes, alignment, rhs.dtype, **own)
+        block = max(alignment, blocked.block_size(lhs.shape[0], sizes.shape[0]))
+        rhs_ct = blocked.weights_gradient(lhs, ct, sizes, block, rhs.dtype, **own)
     else:
         rhs_ct = reference.weights_gradient(lhs, ct, sizes, rhs.dtype, **own)
     return lhs_ct, rhs_ct, None, None
@@ -142,11 +144,24 @@ def _grouped_bwd(alignment, backend, reserve, residuals, ct):
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
+def _check_operands(lhs: Any, rhs: Any, alignment: int) -> None:
+    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(
+            f"rows {list(lhs.shape)} with matrices {list(rhs.shape)}: must be [M, K] and [G, K, N]"
+        )
+    if lhs.dtype != rhs.dtype:
+        raise ValueError(f"rows of {lhs.dtype} with matrices of {rhs.dtype}: must be of one dtype")
+    if alignment < 1:
+        raise ValueError(f"alignment={alignment}: must be at least 1")
+
+
 def _check_groups(own: int, groups: int, offset: Any) -> None:
     if offset is None:
         if own != groups:
             raise ValueError(f"{own} matrices for {groups} groups; give a group_offset for fewer")
-    elif own > groups or (isinstance(offset, int) and not 0 <= offset <= groups - own):
+        return
+    known = not isinstance(offset, jax.core.Tracer)  # a traced one is clamped
+    if own > groups or (known and not 0 <= operator.index(offset) <= groups - own):
         raise ValueError(
             f"group_offset {offset} with {own} matrices: there are {groups} groups; "
             f"it can be from 0 to {groups - own}"
@@ -170,7 +185,8 @@ def grouped_matmul(
         rhs_GKN: one matrix for each group, same dtype; with `group_offset` for some of them.
         group_sizes_G: int32, each a multiple of `alignment`, sum at most M.
         group_offset: rhs has the matrices of the groups from this one on, as in expert
-            parallelism; at most as many as leave G groups. None: of all groups.
+            parallelism; at most as many as leave G groups, and a traced one is clamped to that.
+            None: of all groups.
         alignment: what the caller guarantees; `row_alignment` says what is fastest.
         backend: one of `BACKENDS`; None tries them in order.
         reserve_sms: streaming multiprocessors that the Hopper kernels leave free, the backward's
@@ -183,10 +199,11 @@ def grouped_matmul(
 
     Raises:
         NotImplementedError: no backend can serve this; the message has each one's reason.
-        ValueError: the groups and the matrices do not match, or `reserve_sms` is no number of
-            multiprocessors or leaves none.
+        ValueError: shapes or dtypes do not match, the groups and the matrices do not, or
+            `reserve_sms` is no number of multiprocessors or leaves none.
     """
     check_reserve(reserve_sms)
+    _check_operands(lhs_MK, rhs_GKN, alignment)
     (rows, contraction), (own, _, columns) = lhs_MK.shape, rhs_GKN.shape
     _check_groups(own, group_sizes_G.shape[0], group_offset)
     case = Case(rows, contraction, columns, alignment, lhs_MK.dtype)
@@ -196,8 +213,8 @@ def grouped_matmul(
         backend,
         lambda name, forced: _refusal(name, case, forced=forced),
     )
-    if rows == 0:
-        return jnp.zeros((0, columns), lhs_MK.dtype)
+    if 0 in (rows, contraction, columns, own):
+        return jnp.zeros((rows, columns), lhs_MK.dtype)
     offset = None if group_offset is None else jnp.asarray(group_offset, jnp.int32)
     arrays = (jnp.asarray(a) for a in (lhs_MK, rhs_GKN, group_sizes_G))  # numpy's have no `at`
     return _grouped(*arrays, offset, alignment, chosen, reserve_sms)

@@ -183,7 +183,7 @@ def launch(
         def run(*inputs: Any) -> list[np.ndarray]:
             return emulate(program, blocks, threads, inputs, out_type, scratch)
 
-        return jax.pure_callback(run, list(out_type), *inputs)
+        return jax.pure_callback(run, list(out_type), *inputs, vmap_method="sequential")
 
     def body(*refs: Any) -> None:
         *arrays, room = refs

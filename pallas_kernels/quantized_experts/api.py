@@ -140,6 +140,15 @@ def _refuse_gradient(*_):
 _apply.defvjp(_refuse_gradient, _refuse_gradient)
 
 
+@jax.custom_vjp
+def without_gradient(y_RD: jax.Array) -> jax.Array:
+    """What was computed from dequantized weights: differentiating it is refused alike."""
+    return y_RD
+
+
+without_gradient.defvjp(_refuse_gradient, _refuse_gradient)
+
+
 def quantized_experts(
     x_RD: Float[Array, "R D"],
     w_in: QuantizedMatrices,

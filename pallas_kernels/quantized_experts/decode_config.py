@@ -44,10 +44,9 @@ class DecodeConfig:
         for name, allowed in (("columns", COLUMNS), ("row_parts", (1, 2)), ("phases", (1, 2))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)} is none of {allowed}")
-        if not 1 <= self.lag < self.stages * self.phases:
-            raise ValueError(
-                f"lag={self.lag}: at least 1, and fewer than the {self.stages * self.phases} stages"
-            )
+        most = self.stages if self.phases > 1 else self.stages - 1  # a short tile fills one ring
+        if not 1 <= self.lag <= most:
+            raise ValueError(f"lag={self.lag} with stages={self.stages}: must be from 1 to {most}")
 
     @property
     def multiplying(self) -> int:

@@ -43,20 +43,23 @@ def _blocks(size: int) -> int:
 
 
 def _to_values(scaled: jax.Array, dtype: Any, largest: float) -> jax.Array:
-    """Rounds to nearest even, within the range: beyond 448 e4m3 has only NaN."""
+    """Rounds to nearest even, within the range: beyond 448 e4m3 has only NaN, which scales keep."""
+    scaled = jnp.where(jnp.isnan(scaled), 0.0, scaled)
     scaled = jnp.clip(scaled, -largest, largest)
     if jnp.dtype(dtype) == jnp.int8:
         scaled = jnp.round(scaled)
     return scaled.astype(dtype)
 
 
-def _scales(most: jax.Array, largest: float) -> jax.Array:
+def _scales(magnitudes: jax.Array, axes: tuple[int, ...], largest: float) -> jax.Array:
     """The scale that takes the largest magnitude to the largest value; 1 where all is zero.
 
-    A magnitude so small that its scale is no normal float32 counts as zero.
+    A magnitude so small that its scale is no normal float32 counts as zero. Where one is not finite
+    the scale is NaN; it is looked for, since a maximum drops NaN on some platforms.
     """
-    scales = most.astype(jnp.float32) / largest
-    return jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
+    scales = jnp.max(magnitudes, axis=axes) / largest
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 1.0, scales)
+    return jnp.where(jnp.all(jnp.isfinite(magnitudes), axis=axes), scales, jnp.nan)
 
 
 def _spread(scales: jax.Array, axis: int, size: int) -> jax.Array:
@@ -83,7 +86,7 @@ def quantize(w: jax.Array, dtype: Any) -> QuantizedMatrices:
     padding = [(0, 0)] * len(lead) + [(0, -n % BLOCK), (0, -k % BLOCK)]
     magnitudes = jnp.pad(jnp.abs(w), padding)
     magnitudes = magnitudes.reshape(*lead, _blocks(n), BLOCK, _blocks(k), BLOCK)
-    scales = _scales(jnp.max(magnitudes, axis=(-3, -1)), largest)
+    scales = _scales(magnitudes, (-3, -1), largest)
     scaled = w / _spread(_spread(scales, len(lead), n), len(lead) + 1, k)
     return QuantizedMatrices(_to_values(scaled, dtype, largest), scales)
 
@@ -108,5 +111,5 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, k = x.shape
     x = x.astype(jnp.float32)
     magnitudes = jnp.pad(jnp.abs(x), ((0, 0), (0, -k % BLOCK))).reshape(rows, _blocks(k), BLOCK)
-    scales = _scales(jnp.max(magnitudes, axis=-1), largest)
+    scales = _scales(magnitudes, (-1,), largest)
     return _to_values(x / _spread(scales, 1, k), jnp.float8_e4m3fn, largest), scales

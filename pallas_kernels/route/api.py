@@ -55,29 +55,20 @@ def explain_sorted_places(rows: int, copies: int, groups: int) -> str:
     return backends.explain("sorted_places", BACKENDS, refusal)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _chosen(values_TE: jax.Array, ids_Tk: jax.Array, chosen_Tk: jax.Array) -> jax.Array:
     """The chosen values, which are known; their gradient goes where they came from."""
     return chosen_Tk
 
 
-def _chosen_fwd(values_TE, ids_Tk, chosen_Tk):
-    return chosen_Tk, (ids_Tk, values_TE)
-
-
-def _chosen_bwd(residuals, ct_Tk):
-    ids_Tk, values_TE = residuals
+@_chosen.defjvp
+def _chosen_jvp(primals, tangents):
+    _, ids_Tk, chosen_Tk = primals
     rows = jnp.arange(ids_Tk.shape[0], dtype=jnp.int32)[:, None]
-    # Ids are distinct within a row: additions need no order, on a GPU fast and deterministic.
-    ct_TE = (
-        jnp.zeros_like(values_TE)
-        .at[rows, ids_Tk]
-        .add(ct_Tk, unique_indices=True, mode="promise_in_bounds")
-    )
-    return ct_TE, None, None
-
-
-_chosen.defvjp(_chosen_fwd, _chosen_bwd)
+    # Ids are distinct within a row: the transpose adds in any order, on a GPU fast and
+    # deterministic.
+    taken_Tk = tangents[0].at[rows, ids_Tk].get(unique_indices=True, mode="promise_in_bounds")
+    return chosen_Tk, taken_Tk
 
 
 def top_k(
@@ -107,7 +98,7 @@ def top_k(
     if not 0 < k <= experts:
         raise ValueError(f"top_k: k={k} must lie between 1 and the {experts} experts")
     values_TE = scores_TE if values_TE is None else values_TE
-    refusal = _refusal(warp_top_k.refusal(tokens, experts, k, scores_TE.dtype))
+    refusal = _refusal(warp_top_k.refusal(tokens, experts, k, scores_TE.dtype, values_TE.dtype))
     name = backends.choose("top_k", BACKENDS, backend, refusal)
     function = warp_top_k.top_k if name == "mosaic_gpu" else reference.top_k
     ids, chosen = function(lax.stop_gradient(scores_TE), lax.stop_gradient(values_TE), k)

@@ -67,6 +67,11 @@ def program(
         at = m.thread + first
         m.store(counts, at, 0, at < WARPS * groups)
 
+    for first in range(0, tiles, THREADS):
+        at = m.thread + first
+        m.store(tile_group, at, groups - 1, at < tiles)
+        m.store(tile_rows, at, 0, at < tiles)
+
     # A warp has 32 · steps assignments in a row.
     flat = [(m.warp * steps + step) * LANES + m.lane for step in range(steps)]
     found = [m.load(ids, at, at < assignments) for at in flat]
@@ -108,24 +113,20 @@ def program(
     begin = ends - whole
     m.store(starts, m.thread, begin * ROWS, has_group)
     m.store(sizes_out, m.thread, whole * ROWS, has_group)
-    m.store(tile_count, m.thread, all_tiles, m.thread == 0)
+    count = m.select(all_tiles < tiles, all_tiles, tiles)  # lists end there, whatever the ids say
+    m.store(tile_count, m.thread, count, m.thread == 0)
     for tile in range(-(-rows // ROWS)):  # a group has at most one assignment of each row
-        mine = has_group & (whole >= tile + 1)
+        mine = has_group & (whole >= tile + 1) & (begin + tile < tiles)
         here = total - tile * ROWS
         m.store(tile_group, begin + tile, m.thread, mine)
         m.store(tile_rows, begin + tile, m.select(here < ROWS, here, ROWS), mine)
-    for first in range(0, tiles, THREADS):
-        at = m.thread + first
-        beyond = (at >= all_tiles) & (at < tiles)
-        m.store(tile_group, at, groups - 1, beyond)
-        m.store(tile_rows, at, 0, beyond)
     m.wait_for_block()
 
     for at, id_, valid, rank in zip(flat, found, some, ranks, strict=True):
         start = m.load(starts, id_, valid) + m.load(counts, m.warp * groups + id_, valid)
         place = m.select(valid, start + rank, places)
         m.store(place_out, at, place, at < assignments)
-        m.store(copy_out, place, at, valid)
+        m.store(copy_out, place, at, valid & (place < places))
 
 
 def layout(

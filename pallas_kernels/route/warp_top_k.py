@@ -20,10 +20,13 @@ MAX_EXPERTS = 1024  # 32 registers of a thread
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
 
-def refusal(tokens: int, experts: int, k: int, dtype: Any) -> str | None:
+def refusal(
+    tokens: int, experts: int, k: int, dtype: Any, values_dtype: Any = jnp.float32
+) -> str | None:
     """Why the kernel cannot serve this, or None."""
-    if dtype != jnp.float32:
-        return f"scores are {jnp.dtype(dtype).name}, the kernel takes float32"
+    for what, found in (("scores", dtype), ("values", values_dtype)):
+        if found != jnp.float32:
+            return f"{what} are {jnp.dtype(found).name}, the kernel takes float32"
     if tokens == 0:
         return "no tokens"
     if experts > MAX_EXPERTS:

@@ -176,4 +176,5 @@ def visits_of(spans_2G: jax.Array, rows: int, tile_m: int, *, empty: bool = Fals
     tile_V = first_G[group_V] + index_V - (done_G - count_G)[group_V]
     tile_V = jnp.clip(tile_V, 0, max(tiles - 1, 0))
     bounds = jnp.concatenate([starts_G, ends_G[-1:]])
-    return Visits(group_V, tile_V, bounds, done_G[-1])
+    # One at least: a grid of no steps is nothing to rely on. It has no rows, and writes zeros.
+    return Visits(group_V, tile_V, bounds, jnp.maximum(done_G[-1], 1))

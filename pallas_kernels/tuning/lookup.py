@@ -43,7 +43,10 @@ def _own(device: str) -> Table:
 def use_table(table: str | os.PathLike[str] | Table | None) -> Iterator[None]:
     """What is traced inside asks this table in the place of the library's own.
 
-    A program that was compiled before keeps the sizes that it was traced with.
+    Sizes belong to traces. What was traced or compiled before keeps its sizes inside; and a jitted
+    function that is first traced inside keeps this table's sizes afterwards, as JAX finds that
+    trace again. So trace a fresh function inside, with nothing jitted in it:
+    `jax.jit(lambda *a: f(*a)).lower(*arguments).compile()`.
 
     Args:
         table: a file, read and checked at once, or a table; None: no table, so that the heuristic

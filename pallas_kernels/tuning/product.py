@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product as every
 
-__all__ = ["BANDS", "WIDTHS", "Cut", "Product", "bucket", "candidates", "refusal", "ring_stages"]
+__all__ = [
+    "BANDS",
+    "DTYPES",
+    "FLAGS",
+    "KERNELS",
+    "WIDTHS",
+    "Cut",
+    "Product",
+    "bucket",
+    "candidates",
+    "refusal",
+    "ring_stages",
+]
 
 TILE_K = 64  # of the contraction, for a stage
 STEP = 64  # columns that a part of a tile is a multiple of
@@ -14,6 +26,18 @@ ELEMENT = 2  # bytes
 WIDTHS = (256, 192, 128, 64)  # of a part, widest first: fewer bytes from L2 for each operation
 BANDS = (2, 3, 4, 8, 16, 32)
 MOST_STAGES = 8
+KERNELS = (
+    "experts_down",
+    "experts_down_backward",
+    "experts_up",
+    "grouped_matmul",
+    "rows_gradient",
+    "w_in_gradient",
+    "w_out_gradient",
+    "weights_gradient",
+)
+FLAGS = ("few", "gather", "gather_lhs", "gather_rhs", "keep", "ragged", "transposed", "weights")
+DTYPES = ("bfloat16",)
 
 
 @dataclass(frozen=True, order=True)
@@ -21,7 +45,7 @@ class Product:
     """The key of a table's entry. What a kernel leaves room for is in it, so that an entry does not
     outlive a change of the kernel.
 
-    kernel: its name.
+    kernel: its name, one of `KERNELS`.
     contraction, columns: the sides of a group's matrix; columns are those of one part. With the
         flag `weights` the matrices are the result, and the contraction is over a group's rows.
     groups: G.
@@ -30,8 +54,9 @@ class Product:
     tile_rows: rows of a tile.
     widest: most columns of a tile, all parts together.
     ring: bytes of shared memory for all stages.
-    flags: what else makes it another program, such as `gather`, sorted.
-    dtype: of the operands.
+    flags: what else makes it another program, of `FLAGS`, sorted.
+    dtype: of the operands, one of `DTYPES`.
+    tile_k: of the contraction, for a stage.
     """
 
     kernel: str
@@ -45,6 +70,7 @@ class Product:
     ring: int
     flags: tuple[str, ...]
     dtype: str
+    tile_k: int = TILE_K
 
     def __str__(self) -> str:
         text = f"{self.kernel} {self.contraction}×{self.parts * self.columns}, {self.groups} groups"
@@ -68,9 +94,9 @@ def bucket(rows: int) -> int:
     return 1 << max(0, rows.bit_length() - 1)
 
 
-def _stage(tile_rows: int, tile_n: int) -> int:
+def _stage(tile_rows: int, tile_n: int, tile_k: int = TILE_K) -> int:
     """Bytes of a stage."""
-    return (tile_rows + tile_n) * TILE_K * ELEMENT
+    return (tile_rows + tile_n) * tile_k * ELEMENT
 
 
 def ring_stages(ring: int, tile_rows: int, tile_n: int) -> int:
@@ -92,7 +118,7 @@ def refusal(product: Product, cut: Cut) -> str | None:
         return f"tile_n={cut.tile_n}: tiles of {width} do not divide {product.columns} columns"
     if cut.stages < 2:
         return f"stages={cut.stages}: a stage is released a step late, so 2 at least"
-    needed = cut.stages * _stage(product.tile_rows, cut.tile_n)
+    needed = cut.stages * _stage(product.tile_rows, cut.tile_n, product.tile_k)
     if needed > product.ring:
         return (
             f"stages={cut.stages} of tile_n={cut.tile_n} need {needed} bytes of shared memory, "

@@ -6,12 +6,11 @@ have in use, and one compilation tries a cut of each of them.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -19,16 +18,23 @@ from jax import numpy as jnp
 
 from pallas_kernels.tuning.lookup import recorded, use_table
 from pallas_kernels.tuning.product import Cut, Product, candidates
+from pallas_kernels.tuning.rounds import Cuts, Finding, Program, Timer, findings_of, timed
 from pallas_kernels.tuning.table import Entry, Measured, Table
 
-__all__ = ["Finding", "Program", "Search", "Timer", "Work", "asked_by", "relative_distance"]
+__all__ = [
+    "Finding",
+    "Program",
+    "Search",
+    "Timer",
+    "Work",
+    "asked_by",
+    "first_line",
+    "relative_distance",
+]
 
-WORTH = 0.98  # of the heuristic's time; what is above is not stored
 ROUNDING = 1e-3  # most relative distance between a program's output and the heuristic's
 ACCURATE = 1e-2  # most relative distance between the heuristic's output and the reference's
 URGENT_WORKERS = 4  # compile what is waited for
-
-Cuts = Mapping[Product, Cut]
 
 
 class Work(Protocol):
@@ -54,31 +60,6 @@ class Work(Protocol):
     def errors(self, inputs: tuple[Any, ...], outputs: Any) -> dict[str, float]:
         """Relative distances of the outputs, or samples of them, from the plain reference."""
         ...
-
-
-@dataclass(frozen=True)
-class Program:
-    """A compiled operation; its products are cut as `cuts` says, others as the heuristic does."""
-
-    cuts: Cuts
-    call: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came of a product.
-
-    cut: the better one; None: none is worth an entry.
-    ms, heuristic_ms: medians over the last rounds; equal where there is none.
-    """
-
-    cut: Cut | None
-    ms: float
-    heuristic_ms: float
-
-
-Timer = Callable[[Program, tuple[Any, ...], Iterable[str]], dict[str, float]]
-"""(program, inputs, kernels' names) -> ms of each kernel."""
 
 
 @jax.jit
@@ -115,7 +96,12 @@ def _start(pool: Executor, work: Work, cuts: Cuts) -> Future[Program]:
     return pool.submit(copy_context().run, _compile, work, cuts)
 
 
-def _first_line(error: BaseException) -> str:
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type's name where that is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -132,44 +118,6 @@ def _side_by_side(options: Mapping[Product, Sequence[Cut]]) -> list[Cuts]:
     return [{p: cuts[i] for p, cuts in options.items() if i < len(cuts)} for i in range(most)]
 
 
-def _timed(
-    programs: Sequence[Program],
-    inputs: tuple[Any, ...],
-    plain: Cuts,
-    rounds: int,
-    timer: Timer,
-) -> dict[Product, dict[Cut, list[float]]]:
-    """Ms of every product's cuts, one value a round.
-
-    Every round runs all programs, so that drift of the clocks hits all alike, and each begins with
-    another one.
-    """
-    kernels = {product.kernel for product in plain}
-    found: dict[Product, dict[Cut, list[float]]] = {p: defaultdict(list) for p in plain}
-    for start in range(rounds):
-        times: dict[tuple[Product, Cut], list[float]] = defaultdict(list)
-        first = start % len(programs)
-        for program in [*programs[first:], *programs[:first]]:
-            ms = timer(program, inputs, kernels)
-            for product, heuristic in plain.items():
-                if product.kernel not in ms:
-                    raise RuntimeError(f"no launch of {product.kernel!r} was seen")
-                times[product, program.cuts.get(product, heuristic)].append(ms[product.kernel])
-        for (product, cut), values in times.items():
-            found[product][cut].append(median(values))
-    return found
-
-
-def _better(times: Mapping[Cut, list[float]], heuristic: Cut) -> Cut | None:
-    """The best cut by the median of its rounds' ratios, where it is worth an entry."""
-    ratios = {
-        cut: median(ms / other for ms, other in zip(values, times[heuristic], strict=True))
-        for cut, values in times.items()
-    }
-    best = min(ratios, key=lambda cut: (ratios[cut], cut))
-    return best if ratios[best] < WORTH else None
-
-
 class Search:
     """Looks for better cuts of an operation's products; compiles from the start, in a pool.
 
@@ -184,7 +132,7 @@ class Search:
         *,
         most: int,
         known: Iterable[Product] = (),
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = _say,
     ) -> None:
         """Starts compiling.
 
@@ -204,12 +152,19 @@ class Search:
         attempts = [{}, *_side_by_side(options)] if self.plain else []
         self.started = [(cuts, _start(pool, work, cuts)) for cuts in attempts]
 
-    def finish(self, *, timer: Timer, rounds: int) -> dict[Product, Finding]:
+    def finish(
+        self,
+        *,
+        timer: Timer,
+        rounds: int,
+        keep: Callable[[Mapping[Product, Finding]], None] = lambda findings: None,
+    ) -> dict[Product, Finding]:
         """What came of each product.
 
         Args:
             timer: of programs.
             rounds: each runs all programs.
+            keep: takes what the first timing found, before what looks better is timed once more.
 
         Raises:
             RuntimeError: the heuristic's result is not the reference's.
@@ -217,28 +172,38 @@ class Search:
         for product in self.unclear:
             self.say(f"  left out: {product}: two products are called so")
         if not self.plain:
+            self.say("  nothing that was not tuned before")
             return {}
         inputs = self.work.inputs()
         (_, first), *others = self.started
         plain = first.result()
+        self.say("  the heuristic's program is compiled")
         expected = plain.call(*inputs)
         errors = self.work.errors(inputs, expected)
         if not all(error <= ACCURATE for error in errors.values()):
             raise RuntimeError(f"{self.work.name}: the heuristic's result is wrong: {errors}")
-        with ThreadPoolExecutor(URGENT_WORKERS) as pool:
+        self.say("  its result is right")
+        pool = ThreadPoolExecutor(URGENT_WORKERS)
+        try:
             programs = self._good(others, pool, inputs, expected)
             self.say(f"  {len(programs) + 1} programs, {rounds} rounds")
-            times = _timed([plain, *programs], inputs, self.plain, rounds, timer)
-            better = {p: cut for p, c in self.plain.items() if (cut := _better(times[p], c))}
-            again = [(better, _start(pool, self.work, better))] if better else []
+            times = timed([plain, *programs], inputs, self.plain, rounds, timer, self.say)
+            findings = findings_of(times, self.plain)
+            better = {p: found.cut for p, found in findings.items() if found.cut is not None}
+            if not better:
+                return findings
+            keep(findings)
+            self.say(f"  {len(better)} look better, {rounds} rounds more")
+            again = [(better, _start(pool, self.work, better))]
             programs = self._good(again, pool, inputs, expected)
-        times = _timed([plain, *programs], inputs, self.plain, rounds, timer)
-        found = {}
-        for product, heuristic in self.plain.items():
-            cut, ms = _better(times[product], heuristic), times[product]
-            heuristic_ms = median(ms[heuristic])
-            found[product] = Finding(cut, median(ms[cut]) if cut else heuristic_ms, heuristic_ms)
-        return found
+        finally:  # without waiting: after Ctrl-C there may be much under way
+            pool.shutdown(wait=False, cancel_futures=True)
+        if not programs:
+            return {
+                p: replace(found, cut=None, ms=found.heuristic_ms) for p, found in findings.items()
+            }
+        times = timed([plain, *programs], inputs, self.plain, rounds, timer, self.say)
+        return findings_of(times, self.plain)
 
     def _good(
         self,
@@ -249,18 +214,22 @@ class Search:
     ) -> list[Program]:
         """The programs that compile and agree. One that does not is split into its cuts."""
         pending, found = list(started), []
+        done, count = 0, len(pending)
         while pending:
             cuts, future = pending.pop(0)
             try:
                 program = future.result()
                 reason = _fault(program, inputs, expected)
             except Exception as error:  # whatever a compiler or a launch has to say
-                reason = _first_line(error)
+                reason = first_line(error)
+            done += 1
+            self.say(f"  candidates compiled {done}/{count}")
             if reason is None:
                 found.append(program)
             elif len(cuts) > 1:
                 alone: list[Cuts] = [{product: cut} for product, cut in cuts.items()]
                 pending += [(one, _start(pool, self.work, one)) for one in alone]
+                count += len(alone)
             else:
                 (product, cut), *_ = cuts.items()
                 self.say(f"  left out: {product}: {cut}: {reason}")

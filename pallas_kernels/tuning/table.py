@@ -13,14 +13,23 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from pallas_kernels.tuning.product import Cut, Product, bucket, refusal
+from pallas_kernels.tuning.product import (
+    DTYPES,
+    FLAGS,
+    KERNELS,
+    Cut,
+    Product,
+    bucket,
+    refusal,
+)
 
 __all__ = ["Entry", "Measured", "Table", "TableError", "device_slug", "read_table", "store_table"]
 
@@ -114,6 +123,15 @@ def _product(value: Any) -> Product:
         _refuse(f"flags are {short(flags)}, not a list of names")
     if flags != sorted(set(flags)):
         _refuse(f"flags are {short(flags)}, not sorted or not distinct")
+    # A misspelt name would never be found, silently.
+    for what, names, known in (
+        ("kernel", [values["kernel"]], KERNELS),
+        ("flag", flags, FLAGS),
+        ("dtype", [values["dtype"]], DTYPES),
+    ):
+        for name in names:
+            if name not in known:
+                _refuse(f"{what} {short(name)} is none of {', '.join(known)}")
     if values["assignments"] != bucket(values["assignments"]):
         _refuse(f"assignments are {values['assignments']}, no power of two")
     return Product(**{**values, "flags": tuple(flags)})
@@ -180,21 +198,29 @@ def read_table(path: str | os.PathLike[str], device: str | None = None) -> Table
 
 
 def store_table(table: Table, path: str | os.PathLike[str]) -> None:
-    """Writes a table, sorted, in one step: a reader sees the old file or the new one."""
+    """Writes a table, sorted, in one step: a reader sees the old file or the new one.
+
+    A file that is there keeps its permissions, and a link its place.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
     items = sorted(table.entries.items(), key=lambda item: item[0])
     rows = [{"product": asdict(product), **asdict(entry)} for product, entry in items]
     content = {"format": FORMAT, "device": table.device, "entries": rows}
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     _parse(text, table.device)
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name that no other process has.
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        if target.exists():
+            os.chmod(draft, stat.S_IMODE(target.stat().st_mode))
+        os.replace(draft, target)
     except BaseException:
-        os.unlink(name)
+        draft.unlink(missing_ok=True)
         raise
