@@ -30,6 +30,7 @@ ScoreFunction = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
 ExchangeMode = Literal["auto", "local", "all_to_all", "ring"]
+WireFormat = Literal["compute", "int8", "float8", "int4"]
 RematPolicy = Literal["none", "layer", "dots"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -138,6 +139,45 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class WireConfig:
+    """How activations and their gradients are rounded while they travel.
+
+    `compute` sends the compute dtype as it is: exact. `int8`, `float8` (e4m3) and `int4` send
+    blocks of 128 columns with a float32 scale each; the rounding is straight-through, gradients do
+    not see it. It applies to all rows of an exchange, those that stay on their device included, and
+    to none where nothing is exchanged.
+
+    Attributes:
+        dispatch: tokens on the way to their experts.
+        combine: experts' outputs on the way home.
+        dispatch_grad: gradients of the tokens on the way home.
+        combine_grad: gradients of the outputs on the way to the experts.
+        rotate: multiply each block with a Hadamard matrix before rounding, and back on arrival; the
+            model width is then a multiple of 128.
+    """
+
+    dispatch: WireFormat = "compute"
+    combine: WireFormat = "compute"
+    dispatch_grad: WireFormat = "compute"
+    combine_grad: WireFormat = "compute"
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            not self.rotate or any(f != "compute" for f in self.formats),
+            "rotate=True: nothing is rounded; set a wire format other than 'compute'",
+        )
+
+    @property
+    def formats(self) -> tuple[WireFormat, ...]:
+        """Of the four ways: dispatch, combine, and their gradients."""
+        return self.dispatch, self.combine, self.dispatch_grad, self.combine_grad
+
+
+EXACT_WIRE = WireConfig()
+
+
+@dataclass(frozen=True)
 class ExchangeConfig:
     """How rows travel between devices.
 
@@ -150,12 +190,14 @@ class ExchangeConfig:
             the routing.
         capacity_factor: None is dropless. A number bounds each expert to this multiple of its
             even share and drops the rest (arXiv 2101.03961 §2.2): lossy, counted.
+        wire: rounding of what travels; exact by default.
     """
 
     mode: ExchangeMode = "auto"
     bucket_rows: int | None = None
     bucket_slack: float = 1.5
     capacity_factor: float | None = None
+    wire: WireConfig = EXACT_WIRE
 
     def __post_init__(self) -> None:
         _require(

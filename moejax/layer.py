@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from moejax import exchange
 from moejax.config import MoEConfig
 from moejax.errors import UserError
+from moejax.exchange import codec
 from moejax.exchange.counters import ExchangeCounters, over_devices
 from moejax.experts import ExpertBank
 from moejax.model.initializers import INIT_STD
@@ -86,6 +87,11 @@ class MoELayer(nnx.Module):
         output_std: float = INIT_STD,
         hosts: Sequence[int] | None = None,
     ) -> None:
+        if config.exchange.wire.rotate and d_model % codec.BLOCK:
+            raise UserError(
+                f"d_model={d_model} with rotate=True: a rotated wire needs a multiple of "
+                f"{codec.BLOCK}; leave rotate off"
+            )
         self.config = config
         self.expert_devices = expert_devices
         self.hosts = None if hosts is None else tuple(hosts)

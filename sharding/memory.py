@@ -110,7 +110,8 @@ def _exchange_bytes(config: TrainConfig, tokens: int, devices: int) -> int:
         if layer.moe is None or devices == 1:
             continue
         budget = layer_budget(layer, tokens, devices)
-        sizes = row_bytes(layer.d_model, config.model.compute_dtype, budget.copies)
+        dtype = config.model.compute_dtype
+        sizes = row_bytes(layer.d_model, dtype, budget.copies, budget.wire)
         sent = budget.tokens if budget.mode == "ring" else budget.received_rows
         received = budget.received_rows
         largest = max(largest, (sent + received) * sizes[0] + 2 * received * sizes[1])

@@ -199,24 +199,23 @@ class _Formulas:
         if budget.mode == "local":
             return
         rows = budget.received_rows
+        # A ring's tokens carry slots and scores of all their experts everywhere.
+        copies = budget.top_k if budget.mode == "ring" else budget.copies
+        dtype = self.model_config.compute_dtype
+        sizes = row_bytes(layer.d_model, dtype, copies, budget.wire)
+        out: tuple[Kind, int] = ("all-to-all", rows * sizes[0])
         if budget.mode == "ring":
-            # Slots, activations and scores of every token go everywhere.
-            row, scores = layer.d_model * self.item, 4 * budget.top_k
-            out: tuple[Kind, int] = ("all-gather", budget.tokens * (row + 2 * scores))
-            home, back = rows * row, rows * (row + scores)
-        else:
-            sizes = row_bytes(layer.d_model, self.model_config.compute_dtype, budget.copies)
-            out = ("all-to-all", rows * sizes[0])
-            home, back = rows * sizes[1], rows * sizes[2]
+            out = ("all-gather", budget.tokens * sizes[0])
+        home, back, again = (rows * size for size in sizes[1:])
         yield from self.forward("dispatch", out[0], EXPERT, out[1])
         yield self.one("dispatch", "backward", "all-to-all", EXPERT, back)
         yield self.one("combine", "forward", "all-to-all", EXPERT, home)
-        yield self.one("combine", "backward", "all-to-all", EXPERT, home)
+        yield self.one("combine", "backward", "all-to-all", EXPERT, again)
         if not budget.single_wave:
             # The backward of a further wave dispatches its rows once more.
             for kind, operand in (out, ("all-to-all", home)):
                 yield self.one("further wave", "forward", kind, EXPERT, operand, extra=True)
-            for kind, operand in (out, ("all-to-all", home), ("all-to-all", back)):
+            for kind, operand in (out, ("all-to-all", again), ("all-to-all", back)):
                 yield self.one("further wave", "backward", kind, EXPERT, operand, extra=True)
 
     def loss(self) -> Iterator[Crossing]:

@@ -19,6 +19,7 @@ from moejax.config import (
     ModelConfig,
     MoEConfig,
     RouterConfig,
+    WireConfig,
 )
 from moejax.errors import UserError
 from moejax.presets import PRESETS
@@ -184,6 +185,27 @@ CASES = {
             model={"top_k_by_layer": (1, 3), "compute_dtype": "float32", "tie_embeddings": True},
         ),
     ),
+    "buckets, four ways of rounding": (
+        (2, 4, 1),
+        run_config(
+            exchange={
+                "mode": "all_to_all",
+                "bucket_rows": 8,
+                "wire": WireConfig("int8", "float8", "compute", "int4"),
+            },
+        ),
+    ),
+    "ring, rounded and rotated": (
+        (1, 4, 2),
+        run_config(
+            exchange={
+                "mode": "ring",
+                "bucket_slack": math.inf,
+                "wire": WireConfig("float8", "int8", "int4", "int8", rotate=True),
+            },
+            model={"remat": "layer"},
+        ),
+    ),
     "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
     "one device": ((1, 1, 1), run_config()),
 }
@@ -202,6 +224,22 @@ def test_traced_bytes_equal_the_formulas(name):
     changed = dataclasses.replace(made, formulas=made.formulas[1:])
     assert changed.formulas_agree == (made.mesh.size == 1)
     assert_columns(format_plan(made))
+
+
+def test_fewer_bytes_than_copies_in_bfloat16():
+    """8 bits, one row a device: over 2.5 times fewer than K bfloat16 rows a token, counted."""
+    wire = WireConfig("int8", "int8", "int8", "int8")
+    config = run_config(
+        router={"num_experts": 64, "top_k": 8},
+        exchange={"mode": "all_to_all", "bucket_slack": math.inf, "wire": wire},
+        model={"num_layers": 1},
+    )
+    made = plan(config, MeshShape(1, 4, 1))
+    counted = sum(c.sent for c in made.collectives if c.name in ("dispatch", "combine"))
+    tokens, d_model = 16 * 16 // 4, 128
+    copies = 8 * 3 / 4  # experts of a token on other devices
+    plain = 4 * tokens * copies * d_model * 2  # dispatch, combine and their gradients
+    assert counted * 2.5 < plain
 
 
 def assert_columns(text: str) -> None:

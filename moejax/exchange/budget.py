@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from moejax.config import ExchangeConfig
+from moejax.config import EXACT_WIRE, ExchangeConfig, WireConfig
 from moejax.errors import UserError
 
 __all__ = ["Budget", "choose", "probability_of_device"]
@@ -22,6 +22,7 @@ class Budget:
     quota: assignments after which a pair's next row opens a new wave; a wave of a pair holds at
         most quota + J − 1.
     reason: why this mode, for people.
+    wire: rounding of what travels.
     """
 
     mode: str
@@ -32,6 +33,7 @@ class Budget:
     rows: int
     quota: int
     reason: str
+    wire: WireConfig = EXACT_WIRE
 
     @property
     def copies(self) -> int:
@@ -110,12 +112,12 @@ def choose(
     bucket_quota = _with_slack(rows * per_row, max(1.0, config.bucket_slack), full)
     ring_quota = _with_slack(tokens * top_k / devices, config.bucket_slack, tokens * copies)
 
-    mode = config.mode
+    mode, wire = config.mode, config.wire
     if mode == "auto":
         mode = "all_to_all" if rows < tokens else "ring"
         reason = f"{rows} rows to each other device by buckets, {tokens} by a ring"
     else:
         reason = "asked for"
     if mode == "ring":
-        return Budget("ring", devices, slots, tokens, top_k, tokens, ring_quota, reason)
-    return Budget("all_to_all", devices, slots, tokens, top_k, rows, bucket_quota, reason)
+        return Budget("ring", devices, slots, tokens, top_k, tokens, ring_quota, reason, wire)
+    return Budget("all_to_all", devices, slots, tokens, top_k, rows, bucket_quota, reason, wire)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from moejax.exchange.budget import Budget
 from moejax.exchange.permute import RowMap, gather_rows, sum_rows
 from moejax.exchange.plan import Plan, select_wave
-from moejax.exchange.wire import exchange_rows
+from moejax.exchange.wire import exchange_rows, gather_tokens, return_rows
 from sharding import collectives
 from sharding.mesh import EXPERT
 
@@ -79,11 +79,11 @@ def combine(y_RD: Float[Array, "R D"], rows: Rows, budget: Budget) -> Float32[Ar
     """
     if budget.mode == "local":
         return y_RD.astype(jnp.float32)
-    sent_GCD = y_RD.reshape(budget.devices, budget.rows, -1)
-    back_GCD = collectives.all_to_all(sent_GCD, EXPERT)
+    back_MD = return_rows(y_RD, EXPERT, budget.wire)
     if rows.home is None:
-        return jnp.sum(back_GCD.astype(jnp.float32), axis=0)
-    return sum_rows(back_GCD.reshape(y_RD.shape), None, rows.home)
+        back_GTD = back_MD.reshape(budget.devices, budget.rows, -1)
+        return jnp.sum(back_GTD.astype(jnp.float32), axis=0)
+    return sum_rows(back_MD, None, rows.home)
 
 
 def _bucket_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
@@ -91,7 +91,7 @@ def _bucket_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     rows_MD = gather_rows(x_TD, chosen.rows)
     scores_M = gather_rows(scores_TK.reshape(-1, 1), chosen.assignments)
     scores_MJ = scores_M.reshape(chosen.ids_MJ.shape)
-    received = exchange_rows(rows_MD, scores_MJ, chosen.ids_MJ, EXPERT)
+    received = exchange_rows(rows_MD, scores_MJ, chosen.ids_MJ, EXPERT, budget.wire)
     return Rows(*received, home=chosen.rows)
 
 
@@ -103,7 +103,7 @@ def _ring_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     mine_RK = target_RK - collectives.axis_index(EXPERT) * budget.slots
     ids_RK = jnp.where((target_RK >= 0) & (mine_RK >= 0), mine_RK, budget.slots)
     return Rows(
-        collectives.all_gather(x_TD, EXPERT),
+        gather_tokens(x_TD, EXPERT, budget.wire),
         collectives.all_gather(scores_TK, EXPERT),
         jnp.minimum(ids_RK, budget.slots),
         home=None,

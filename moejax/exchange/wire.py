@@ -1,8 +1,8 @@
 """What a row looks like on the wire: one uint8 payload holding activations, scores and slot ids.
 
-Integer payloads stop gradients silently, so packing, exchange and unpacking sit together inside
-one custom VJP: the backward sends the rows' cotangents in the rows' dtype and, beside them in the
-same payload, the scores' cotangents in float32.
+Integer payloads stop gradients silently, so encoding, packing, exchange, unpacking and decoding sit
+together inside one custom VJP: the backward sends the cotangents as `WireConfig` says, and beside
+them in the same payload the scores' cotangents in float32. Rounding is straight-through.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from moejax.config import WireConfig, WireFormat
+from moejax.exchange.codec import decode, encode, encoded_bytes
 from sharding import collectives
 
-__all__ = ["exchange_rows", "pack", "row_bytes", "unpack"]
+__all__ = ["exchange_rows", "gather_tokens", "pack", "return_rows", "row_bytes", "unpack"]
 
 
-def row_bytes(d_model: int, dtype, copies: int) -> tuple[int, int, int]:
+def row_bytes(d_model: int, dtype, copies: int, wire: WireConfig) -> tuple[int, int, int, int]:
     """Bytes of one row on the wire, for byte counts.
 
     Args:
         d_model: D.
-        dtype: dtype of activations on the wire.
+        dtype: compute dtype.
         copies: J, assignments that a row carries.
+        wire: rounding of what travels.
 
     Returns:
-        (dispatch, combine, dispatch backward) bytes; combine's backward equals combine.
+        (dispatch, combine, dispatch backward, combine backward) bytes.
     """
-    activations = d_model * jnp.dtype(dtype).itemsize
-    return activations + copies * 8, activations, activations + copies * 4
+    out, home, back, again = (encoded_bytes(d_model, dtype, form) for form in wire.formats)
+    return out + copies * 8, home, back + copies * 4, again
 
 
 def pack(parts: Sequence[jax.Array]) -> jax.Array:
@@ -60,17 +63,39 @@ def unpack(payload: jax.Array, layout: Sequence[tuple[int, jnp.dtype]]) -> list[
 
 
 def _exchange(parts: Sequence[jax.Array], axis: str) -> list[jax.Array]:
+    """Bucket g of the rows [G·C, n_i] to device g, all parts as one payload; one part as it is."""
     devices = collectives.axis_size(axis)
-    layout = [(p.shape[1], p.dtype) for p in parts]
-    payload = pack(parts)
-    sent = payload.reshape(devices, -1, payload.shape[1])
-    received = collectives.all_to_all(sent, axis).reshape(payload.shape)
-    return unpack(received, layout)
+
+    def swapped(rows: jax.Array) -> jax.Array:
+        sent = rows.reshape(devices, -1, rows.shape[1])
+        return collectives.all_to_all(sent, axis).reshape(rows.shape)
+
+    if len(parts) == 1:
+        return [swapped(parts[0])]
+    return unpack(swapped(pack(parts)), [(p.shape[1], p.dtype) for p in parts])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exchange_encoded(
+    rows_MD: jax.Array,
+    others: Sequence[jax.Array],
+    axis: str,
+    wire: WireConfig,
+    form: WireFormat,
+    dtype,
+) -> list[jax.Array]:
+    encoded = encode(rows_MD, form, rotate=wire.rotate)
+    received = _exchange([*encoded, *others], axis)
+    rows = decode(received[: len(encoded)], form, rows_MD.shape[1], dtype, rotate=wire.rotate)
+    return [rows, *received[len(encoded) :]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def exchange_rows(
-    rows_MD: jax.Array, scores_MJ: jax.Array, ids_MJ: jax.Array, axis: str
+    rows_MD: jax.Array,
+    scores_MJ: jax.Array,
+    ids_MJ: jax.Array,
+    axis: str,
+    wire: WireConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sends bucket g of the rows to device g of the axis, as one payload.
 
@@ -79,22 +104,89 @@ def exchange_rows(
         scores_MJ: float32 weights of the assignments in a row.
         ids_MJ: int32 local slot of each assignment.
         axis: mesh axis of size G.
+        wire: rounding of the activations.
 
     Returns:
         The same three for the rows received, bucket g from device g.
     """
-    rows, scores, ids = _exchange((rows_MD, scores_MJ, ids_MJ), axis)
+    others = (scores_MJ, ids_MJ)
+    sent = _exchange_encoded(rows_MD, others, axis, wire, wire.dispatch, rows_MD.dtype)
+    rows, scores, ids = sent
     return rows, scores, ids
 
 
-def _exchange_fwd(rows_MD, scores_MJ, ids_MJ, axis):
-    return exchange_rows(rows_MD, scores_MJ, ids_MJ, axis), None
+def _exchange_fwd(rows_MD, scores_MJ, ids_MJ, axis, wire):
+    return exchange_rows(rows_MD, scores_MJ, ids_MJ, axis, wire), None
 
 
-def _exchange_bwd(axis, _, cts):
+def _exchange_bwd(axis, wire, _, cts):
     rows_ct, scores_ct, _ = cts
-    rows_back, scores_back = _exchange((rows_ct, scores_ct), axis)
-    return rows_back, scores_back, None
+    dtype, form = rows_ct.dtype, wire.dispatch_grad
+    rows, scores = _exchange_encoded(rows_ct, (scores_ct,), axis, wire, form, dtype)
+    return rows, scores, None
 
 
 exchange_rows.defvjp(_exchange_fwd, _exchange_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def return_rows(y_RD: jax.Array, axis: str, wire: WireConfig) -> jax.Array:
+    """Sends bucket g of the outputs back to device g of the axis.
+
+    Args:
+        y_RD: [G·C, D] outputs, bucket g from device g.
+        axis: mesh axis of size G.
+        wire: rounding of the outputs.
+
+    Returns:
+        [G·C, D], bucket g from device g; in y's dtype, or in float32 where they were rounded.
+    """
+    dtype = y_RD.dtype if wire.combine == "compute" else jnp.float32
+    return _exchange_encoded(y_RD, (), axis, wire, wire.combine, dtype)[0]
+
+
+def _return_fwd(y_RD, axis, wire):
+    return return_rows(y_RD, axis, wire), jnp.zeros((), y_RD.dtype)
+
+
+def _return_bwd(axis, wire, like, ct_MD):
+    if wire.combine_grad == "compute":
+        ct_MD = ct_MD.astype(like.dtype)
+    form = wire.combine_grad
+    return (_exchange_encoded(ct_MD, (), axis, wire, form, like.dtype)[0],)
+
+
+return_rows.defvjp(_return_fwd, _return_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_tokens(x_TD: jax.Array, axis: str, wire: WireConfig) -> jax.Array:
+    """All tokens of the axis, [G·T, D]; the backward sums the devices' cotangents in float32.
+
+    Args:
+        x_TD: this device's tokens.
+        axis: mesh axis of size G.
+        wire: rounding of the tokens.
+    """
+    encoded = encode(x_TD, wire.dispatch, rotate=wire.rotate)
+    layout = [(part.shape[1], part.dtype) for part in encoded]
+    if len(encoded) == 1:
+        return collectives.all_gather(x_TD, axis)
+    received = unpack(collectives.all_gather(pack(encoded), axis), layout)
+    return decode(received, wire.dispatch, x_TD.shape[1], x_TD.dtype, rotate=wire.rotate)
+
+
+def _gather_fwd(x_TD, axis, wire):
+    return gather_tokens(x_TD, axis, wire), None
+
+
+def _gather_bwd(axis, wire, _, ct_RD):
+    # Each device's share is rounded once, and the sum is not: float32 until the end.
+    devices, form = collectives.axis_size(axis), wire.dispatch_grad
+    dtype = ct_RD.dtype if form == "compute" else jnp.float32
+    back = _exchange_encoded(ct_RD, (), axis, wire, form, dtype)[0]
+    back = back.reshape(devices, -1, ct_RD.shape[1]).astype(jnp.float32)
+    return (jnp.sum(back, axis=0).astype(ct_RD.dtype),)
+
+
+gather_tokens.defvjp(_gather_fwd, _gather_bwd)
