@@ -168,7 +168,7 @@ def test_row_alignment(rows, groups):
 
 @pytest.mark.parametrize("popular", [0, 3, None])
 def test_gradient_of_skewed_groups(rng, popular):
-    """What large groups have beyond twice the mean is summed a block at a time."""
+    """All rows in one group, or most of them in three."""
     sizes = np.zeros(16, np.int32)
     if popular is None:
         sizes[[2, 9, 10]] = 700, 250, 50

@@ -20,9 +20,6 @@ from pallas_kernels.precision import precision_of
 __all__ = ["block_size", "grouped_matmul", "weights_gradient"]
 
 
-LARGE = 128  # rows of a large group that are taken at a time
-
-
 def block_size(rows: int, groups: int) -> int:
     """A power of two of at most 128 near half the mean group, so that padding stays moderate."""
     block = 1
@@ -119,10 +116,9 @@ def weights_gradient(
 ) -> jax.Array:
     """Gradient of the matrices: lhs[group]ᵀ @ ct[group]; zero for empty groups.
 
-    Takes some rows of every group at a time, as one batched product, up to twice a mean group; what
-    larger groups have left, a block at a time. So skewed routing costs no more than even. There is
-    no scatter: on a GPU one with large slices is either not deterministic or, with sorted indices,
-    needs more registers than there are.
+    Takes some rows of every group at a time, as one batched product, until the largest group is
+    through. There is no scatter: on a GPU one with large slices is either not deterministic or,
+    with sorted indices, needs more registers than there are.
 
     Args:
         lhs_MK, ct_MN: rows sorted by group.
@@ -139,38 +135,22 @@ def weights_gradient(
         block *= 2
     groups = group_sizes_G.shape[0] if groups is None else groups
     starts_G, ends_G = group_spans(group_sizes_G, groups, group_offset, rows)
+    offset_B = jnp.arange(block, dtype=starts_G.dtype)
 
-    def product(first_G: jax.Array, ends_G: jax.Array, size: int) -> jax.Array:
-        """The products of `size` rows from each first one on, those before the ends."""
-        index_GB = first_G[:, None] + jnp.arange(size, dtype=jnp.int32)
+    def step(i: jax.Array, sum_GKN: jax.Array) -> jax.Array:
+        index_GB = starts_G[:, None] + (i * block).astype(starts_G.dtype) + offset_B
         index_GB = jnp.where(index_GB < ends_G[:, None], index_GB, rows)
         lhs = lhs_MK.at[index_GB].get(mode="fill", fill_value=0)
         ct = ct_MN.at[index_GB].get(mode="fill", fill_value=0)
-        return jnp.einsum(
+        product = jnp.einsum(
             "gmk,gmn->gkn",
             lhs,
             ct,
             precision=precision_of(lhs.dtype),
             preferred_element_type=jnp.float32,
         )
+        return sum_GKN + product
 
-    def step(i: jax.Array, sum_GKN: jax.Array) -> jax.Array:
-        return sum_GKN + product(starts_G + (i * block).astype(jnp.int32), ends_G, block)
-
-    most = -(-2 * rows // (group_sizes_G.shape[0] * block))  # steps of all groups together
     zeros = jnp.zeros((groups, lhs_MK.shape[1], ct_MN.shape[1]), jnp.float32)
-    steps = jnp.minimum(jnp.max(-(-(ends_G - starts_G) // block), initial=0), most)
-    sums_GKN = lax.fori_loop(0, steps, step, zeros)
-
-    left_G = starts_G + most * block
-    large = max(block, LARGE)
-    blocks_G = jnp.maximum(-(-(ends_G - left_G) // large), 0)
-    done_G = jnp.cumsum(blocks_G, dtype=jnp.int32)
-
-    def rest(i: jax.Array, sum_GKN: jax.Array) -> jax.Array:
-        group = jnp.sum(done_G <= i, dtype=jnp.int32)
-        first = left_G[group] + (i.astype(jnp.int32) - (done_G - blocks_G)[group]) * large
-        more = product(first[None], ends_G[group][None], large)[0]
-        return sum_GKN.at[group].add(more)
-
-    return lax.fori_loop(0, done_G[-1], rest, sums_GKN).astype(dtype)
+    steps = jnp.max(-(-(ends_G - starts_G) // block), initial=0)
+    return lax.fori_loop(0, steps, step, zeros).astype(dtype)
