@@ -1,0 +1,105 @@
+"""What the tests of plans share: small configurations, and how a plan's text must look."""
+
+import math
+import re
+
+from moejax.config import (
+    AttentionConfig,
+    ExchangeConfig,
+    ExpertsConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    WireConfig,
+)
+from moejax.training.config import DataConfig, TrainConfig
+
+
+def run_config(
+    *,
+    router: dict | None = None,
+    experts: dict | None = None,
+    exchange: dict | None = None,
+    attention: dict | None = None,
+    model: dict | None = None,
+    train: dict | None = None,
+    batch_size: int = 16,
+    seq_len: int = 16,
+) -> TrainConfig:
+    moe = MoEConfig(
+        RouterConfig(**{"num_experts": 8, "top_k": 2, **(router or {})}),
+        ExpertsConfig(**{"hidden": 64, **(experts or {})}),
+        ExchangeConfig(**(exchange or {})),
+    )
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, **(attention or {})}
+    config = ModelConfig(
+        **{
+            "vocab_size": 200,
+            "d_model": 128,
+            "num_layers": 2,
+            "max_context": 64,
+            "attention": AttentionConfig(**heads),
+            "moe": moe,
+            **(model or {}),
+        }
+    )
+    return TrainConfig(config, DataConfig(seq_len=seq_len, batch_size=batch_size), **(train or {}))
+
+
+CASES = {
+    "buckets, layers rematted and scanned, two microbatches, loss in chunks": (
+        (2, 4, 2),
+        run_config(
+            exchange={"mode": "all_to_all", "bucket_rows": 8},
+            attention={"qk_norm": "full"},
+            experts={"bias": True, "shared_hidden": 32, "shared_gate": True},
+            model={"num_layers": 3, "scan_layers": True, "remat": "layer"},
+            train={"accumulate": 2, "loss_chunk": 12},
+        ),
+    ),
+    "ring, capacity, products kept": (
+        (1, 4, 2),
+        run_config(
+            exchange={"mode": "ring", "capacity_factor": 1.25},
+            attention={"qk_norm": "head"},
+            router={"num_experts": 6, "load_balance_coef": 0.0, "z_loss_coef": 1e-3},
+            model={"remat": "dots", "first_dense_layers": 1, "dense_hidden": 64},
+        ),
+    ),
+    "one wave, unrolled, float32, different k": (
+        (2, 2, 2),
+        run_config(
+            exchange={"mode": "all_to_all", "bucket_slack": math.inf},
+            router={"load_balance_coef": 0.0},
+            model={"top_k_by_layer": (1, 3), "compute_dtype": "float32", "tie_embeddings": True},
+        ),
+    ),
+    "buckets, four ways of rounding": (
+        (2, 4, 1),
+        run_config(
+            exchange={
+                "mode": "all_to_all",
+                "bucket_rows": 8,
+                "wire": WireConfig("int8", "float8", "compute", "int4"),
+            },
+        ),
+    ),
+    "ring, rounded and rotated": (
+        (1, 4, 2),
+        run_config(
+            exchange={
+                "mode": "ring",
+                "bucket_slack": math.inf,
+                "wire": WireConfig("float8", "int8", "int4", "int8", rotate=True),
+            },
+            model={"remat": "layer"},
+        ),
+    ),
+    "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
+    "one device": ((1, 1, 1), run_config()),
+}
+
+
+def assert_columns(text: str) -> None:
+    assert max(map(len, text.splitlines())) <= 100, text
+    assert not re.search(r"[ \t]$", text, re.M)
