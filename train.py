@@ -64,12 +64,11 @@ def train(config: TrainConfig) -> None:
     import jax
 
     from moejax.data.prefetch import Prefetcher
-    from moejax.experts import explain_experts
     from moejax.model.attention import choose_attention
     from moejax.training.checkpoint import Checkpoints
     from moejax.training.evaluate import Evaluator
     from moejax.training.interrupt import Interrupt
-    from moejax.training.report import StepTimer
+    from moejax.training.report import StepTimer, explain_layer
     from moejax.training.rundir import RunDir
     from moejax.training.session import Session
     from moejax.training.state import Blueprint, init_state
@@ -91,9 +90,8 @@ def train(config: TrainConfig) -> None:
     ):
         say(f"{shape} on {device.device_kind}; run directory {run.path}")
         if device.platform != "cpu":
-            model = config.model
-            experts, dtype = model.moe.experts, model.compute_dtype
-            say(explain_experts(model.d_model, experts, tensor=shape.tensor, dtype=dtype))
+            for line in explain_layer(config, shape):
+                say(line)
         resuming = run.check_config(config, FIXED)
         text = prepare_text(config, run.load_tokenizer() if resuming else None)
         say(describe_text(text.record))

@@ -47,6 +47,7 @@ GATHER, ROUTING, OTHER = "gather of rows", "rest of routing", "other"
 GRADIENTS = ("rows_gradient", "w_in_gradient", "w_out_gradient")
 # A name that contains another comes first.
 PALLAS = ("experts_down_backward", UP, DOWN, *GRADIENTS, "top_k", PLACES)
+NAMES = {"router_product": PRODUCT, "sum_places": SUM}  # kernels of classes of several
 GEMMS = ("nvjet", "gemm", "dot", "cutlass")  # in the names of cuBLAS's and XLA's products
 
 Launch = tuple[str, float]
@@ -114,6 +115,7 @@ def by_kernel(launches: list[Launch], shape: Shape, backward: bool) -> dict[str,
     all_rows = shape.tokens * shape.top_k * shape.d_model * 2 / PEAK_BYTES * 1e3
     for name, ms in launches:
         kernel = next((kernel for kernel in PALLAS if kernel in name), None)
+        kernel = kernel or next((NAMES[part] for part in NAMES if part in name), None)
         counting = ("top_k" in found or PLACES in found) and UP not in found
         if kernel is None and any(word in name for word in GEMMS) and not counting:
             kernel = PRODUCT
@@ -128,6 +130,7 @@ def by_kernel(launches: list[Launch], shape: Shape, backward: bool) -> dict[str,
             found[kernel] += ms
     # For few tokens the sum is unrolled, and no reduce; then it is the longest of what remains.
     sums = [launch for launch in after if "reduce" in launch[0]] or (after if shape.decode else [])
+    sums = [] if SUM in found else sums  # a kernel of ours was the sum
     for launch in sorted(sums, key=lambda launch: -launch[1])[: 2 if backward else 1]:
         found[SUM] += launch[1]
         after.remove(launch)

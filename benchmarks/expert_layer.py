@@ -17,9 +17,11 @@ process and PyTorch in a second one after it, each with the GPU's memory to itse
   really does. The roofline is 788 TFLOP/s, and for decode the bytes of the experts touched at
   3.05 TB/s.
 - `ms` is the median of groups of back-to-back calls, `ms_spread` (largest − smallest) / median. For
-  decode it is the time of one layer in a program of 64 layers in a row (PyTorch: of a CUDA graph
-  of one layer), and `ms_single_calls` that of a call of one layer. The weights touched are larger
-  than the L2 cache in every shape, so reading them again and again reads memory.
+  decode it is the time of one layer in a program of 16 layers one after another, as infer.py's
+  step is (PyTorch: of a CUDA graph of one layer), `ms_in_a_loop` in a program that loops 64 times
+  over one, and `ms_single_calls` that of a call of one layer. XLA makes CUDA graphs of the first
+  and the last. The weights touched are larger than the L2 cache in every shape, so reading them
+  again and again reads memory.
 - Before it is timed, y of 64 tokens is compared with float32 (`error_vs_float32`, norm-relative),
   and so are all gradients for a cotangent on those tokens alone; above 1e-2 nothing is timed and
   the row has `error` in the place of figures, as it has when memory does not suffice.

@@ -13,7 +13,16 @@ from jax import numpy as jnp
 from layer_check import make_gradient_errors, make_output_error
 from layer_peers import IMPLS, Candidate
 from layer_shapes import Inputs, Shape
-from layer_timing import DECODE_STEPS, Reporter, Timing, check, measure, parse_worker, work
+from layer_timing import (
+    DECODE_LAYERS,
+    LOOP_LAYERS,
+    Reporter,
+    Timing,
+    check,
+    measure,
+    parse_worker,
+    work,
+)
 
 
 def expert_weights(shape: Shape, inputs: Inputs) -> dict[str, jax.Array]:
@@ -65,27 +74,38 @@ class Bench:
         called = self.time(compiled, *first)
         if not self.shape.decode:
             return called, more
-        return self.decode(candidate, first), more | {"ms_single_calls": round(called.ms, 5)}
+        row, loop = self.decode(candidate, first)
+        others = {"ms_single_calls": round(called.ms, 5), "ms_in_a_loop": round(loop.ms, 5)}
+        return row, more | others
 
-    def decode(self, candidate: Candidate, first: tuple) -> Timing:
-        """Times a program of many layers in a row, as a decoding step is.
+    def decode(self, candidate: Candidate, first: tuple) -> tuple[Timing, Timing]:
+        """Times programs of many layers in a row, as a decoding step is: one after another, as the
+        model's layers are by default, and in a loop, as with `scan_layers`.
 
         A call of one layer is over before the next is issued, so calls would time the host. Each
         layer's input depends on the output before it and yet equals x in every bit, so that the
         layers cannot be merged and all touch the same experts: 1e-30·y is lost when it is added.
         """
 
-        def chain(weights: dict, bias: Any, x_TD: jax.Array) -> jax.Array:
-            def layer(_: Any, x_TD: jax.Array) -> jax.Array:
-                y_TD = candidate.forward(weights, bias, x_TD)
-                return x_TD + y_TD * jnp.bfloat16(1e-30)
+        def layer(weights: dict, bias: Any, x_TD: jax.Array) -> jax.Array:
+            y_TD = candidate.forward(weights, bias, x_TD)
+            return x_TD + y_TD * jnp.bfloat16(1e-30)
 
-            return lax.fori_loop(0, DECODE_STEPS, layer, x_TD)
+        def in_a_row(weights: dict, bias: Any, x_TD: jax.Array) -> jax.Array:
+            for _ in range(DECODE_LAYERS):
+                x_TD = layer(weights, bias, x_TD)
+            return x_TD
 
-        compiled = jax.jit(chain).lower(*first).compile()
-        if not bool(jnp.array_equal(compiled(*first), self.x_TD)):
-            raise ArithmeticError("the chain of layers changed its input")
-        return self.time(compiled, *first, layers=DECODE_STEPS)
+        def in_a_loop(weights: dict, bias: Any, x_TD: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, LOOP_LAYERS, lambda _, x: layer(weights, bias, x), x_TD)
+
+        def timed(chain: Callable, layers: int) -> Timing:
+            compiled = jax.jit(chain).lower(*first).compile()
+            if not bool(jnp.array_equal(compiled(*first), self.x_TD)):
+                raise ArithmeticError("the chain of layers changed its input")
+            return self.time(compiled, *first, layers=layers)
+
+        return timed(in_a_row, DECODE_LAYERS), timed(in_a_loop, LOOP_LAYERS)
 
     def backward(self, candidate: Candidate) -> tuple[Timing, dict[str, Any]]:
         """Checks all gradients, then times y and them."""

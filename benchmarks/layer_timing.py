@@ -22,7 +22,8 @@ Job = tuple[str, str, str]
 
 GROUP_SECONDS = 0.04
 LEAST_CALLS = 5
-DECODE_STEPS = 64  # layers of one program
+DECODE_LAYERS = 16  # of one program, one after another
+LOOP_LAYERS = 64  # of one program, in a loop
 
 
 @dataclass(frozen=True)

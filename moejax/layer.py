@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,13 +23,15 @@ from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.exchange import codec
 from moejax.exchange.counters import ExchangeCounters, over_devices
-from moejax.experts import ExpertBank
+from moejax.experts import ExpertBank, places_for
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
 from moejax.placement.arrays import Placement, home_slots, num_slots, place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
+from pallas_kernels.route import api as route
+from pallas_kernels.route.router_product import explain_router_product
 from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
 from sharding.mesh import AXES, TENSOR, TOKEN_AXES
 
@@ -150,7 +153,9 @@ class MoELayer(nnx.Module):
         plan = exchange.make_plan(slots_TK, budget)
         experts = partial(self.bank.run, budget=budget, config=self.config.experts)
         y_TD = exchange.run_waves(x_in, scores_TK, weights, plan, budget, experts)
-        y_TD = exit_parallel(y_TD + self._shared(x_in), TENSOR).astype(x_TD.dtype)
+        if self.shared is not None:
+            y_TD = y_TD + self._shared(x_in, self.shared)
+        y_TD = exit_parallel(y_TD, TENSOR).astype(x_TD.dtype)
         counters = exchange.count(plan, budget, dropped, self.hosts)
         return y_TD, MoEAux(
             routing.losses, routing.counts_E, routing.entropy_sum, routing.num_tokens, counters
@@ -172,6 +177,26 @@ class MoELayer(nnx.Module):
         if not isinstance(self.bank, ExpertBank):
             raise UserError("quantize_experts called again: the experts are quantized already")
         self.bank = QuantizedExpertBank(self.bank, dtype, rows=rows, tensor=tensor)
+
+    def explain(self, tokens: int, *, dtype: Any, tensor: int = 1) -> list[str]:
+        """What computes the layer on the default device, and why not something faster.
+
+        Args:
+            tokens: T of a device.
+            dtype: of the tokens and the products.
+            tensor: devices that the experts' hidden width is split over.
+
+        Returns:
+            a line for each operation: the backend that serves it, and the others' refusals.
+        """
+        d_model, experts = self.router.w_DE.shape
+        copies, places = self.config.router.top_k, tokens * self.config.router.top_k
+        return [
+            explain_router_product(tokens, d_model, experts, dtype),
+            route.explain_top_k(tokens, experts, copies),
+            route.explain_sorted_tiles(tokens, copies, experts, places_for(experts, places)),
+            self.bank.explain(self.config.experts, dtype=dtype, tensor=tensor),
+        ]
 
     def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:
         """The static sizes and the mode of the exchange for T tokens a device."""
@@ -209,11 +234,9 @@ class MoELayer(nnx.Module):
         slots_TK = jnp.where(experts_TK >= 0, jnp.asarray(home_E)[jnp.maximum(experts_TK, 0)], -1)
         return slots_TK, budget, dropped
 
-    def _shared(self, x_TD: jax.Array) -> jax.Array:
+    def _shared(self, x_TD: jax.Array, shared: DenseMLP) -> jax.Array:
         """The experts every token uses, this tensor rank's term; float32 [T, D]."""
-        if self.shared is None:
-            return jnp.zeros((), jnp.float32)
-        y_TD = self.shared(x_TD).astype(jnp.float32)
+        y_TD = shared(x_TD).astype(jnp.float32)
         if self.shared_gate is not None:
             gate_D = enter_parallel(self.shared_gate[...], TENSOR)
             logit_T = jnp.dot(x_TD.astype(jnp.float32), gate_D, precision="highest")

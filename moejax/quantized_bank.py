@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -14,13 +14,12 @@ from moejax.config import ExpertsConfig
 from moejax.errors import UserError
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows
-from moejax.experts import ExpertBank, ExpertWeights, places_for, run_experts
+from moejax.experts import ExpertBank, places_for
 from moejax.placement.arrays import Placement, gather_bank
 from pallas_kernels.quantized_experts import api as quantized_experts
 from pallas_kernels.quantized_experts.format import (
     BLOCK,
     QuantizedMatrices,
-    dequantize,
     quantize,
 )
 from pallas_kernels.route.api import sorted_tiles
@@ -99,6 +98,10 @@ class QuantizedExpertBank(nnx.Module):
             kept(value, spec_out) for value in (w_out.values, w_out.scales)
         )
 
+    @property
+    def _kernel_rows(self) -> quantized_experts.Rows:
+        return "float8" if self.rows == "float8" else "bfloat16"
+
     def weights(self, placement: Placement | None, dtype) -> QuantizedExpertWeights:
         """The weights of this device's slots, inside the shard_map; as for `ExpertBank`.
 
@@ -121,33 +124,37 @@ class QuantizedExpertBank(nnx.Module):
             QuantizedMatrices(fetch(self.w_out_values), fetch(self.w_out_scales)),
         )
 
+    def explain(self, config: ExpertsConfig, *, dtype: Any, tensor: int = 1) -> str:
+        """As `ExpertBank.explain`."""
+        _, d_model, hidden = self.w_out_values.shape
+        return quantized_experts.explain(
+            quantized_experts.Case(
+                d_model,
+                hidden // tensor,
+                config.activation,
+                dtype,
+                self.w_out_values.dtype,
+                self._kernel_rows,
+            )
+        )
+
     def run(
         self, rows: Rows, weights: QuantizedExpertWeights, *, budget: Budget, config: ExpertsConfig
     ) -> jax.Array:
-        """As `moejax.experts.run_experts`.
-
-        Where no kernel serves, weights are dequantized for the time of the layer.
-        """
-        float8, (w_in, w_out) = self.rows == "float8", (weights.w_in, weights.w_out)
-        (slots, _, hidden, d_model), dtype = w_in.values.shape, rows.x_RD.dtype
-        case = quantized_experts.Case(d_model, hidden, config.activation, dtype, w_in.values.dtype)
-        if not float8 and quantized_experts.refusal("mosaic_gpu", case) is not None:
-            w_in_SDNH = jnp.swapaxes(dequantize(w_in, dtype), 1, 2)
-            plain = ExpertWeights(w_in_SDNH, dequantize(w_out, dtype), None, None)
-            y_RD = run_experts(rows, plain, budget=budget, config=config)
-            return quantized_experts.without_gradient(y_RD)
-
+        """As `moejax.experts.run_experts`."""
+        slots = weights.w_in.values.shape[0]
         assignments = min(budget.assignments, rows.ids_RJ.size)
-        places = places_for(slots, assignments, quantized_experts.ROW_ALIGNMENT)
+        places = places_for(slots, assignments)
         place_RJ, sizes_S, copy_A, _ = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
         return quantized_experts.quantized_experts(
             rows.x_RD,
-            w_in,
-            w_out,
+            weights.w_in,
+            weights.w_out,
             rows.scores_RJ,
             place_RJ,
             copy_A,
             sizes_S,
+            assignments=assignments,
             activation=config.activation,
-            rows="float8" if float8 else "bfloat16",
+            rows=self._kernel_rows,
         )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-__all__ = ["choose", "explain"]
+from pallas_kernels.hopper.compat import hopper_refusal
+from pallas_kernels.tpu.compat import tpu_refusal
+from pallas_kernels.tpu.tiles import LANES
+
+__all__ = ["choose", "explain", "kernel_refusal"]
 
 
 def choose(
@@ -46,3 +51,23 @@ def explain(
             return "; ".join([f"{operation}: {name}", *lines])
         lines.append(f"not {name}: {reason}")
     return "; ".join(lines)
+
+
+def kernel_refusal(
+    backend: str, sizes: Mapping[str, int], dtype: Any, *, forced: bool
+) -> str | None:
+    """Why grouped products of these operands cannot be a backend's kernels; None if they can.
+
+    Args:
+        backend: `mosaic_gpu` or `mosaic_tpu`.
+        sizes: widths of the matrices, by name.
+        dtype: of the operands.
+        forced: do not look at the device.
+    """
+    multiple, device_refusal = 64, hopper_refusal
+    if backend == "mosaic_tpu":
+        multiple, device_refusal = LANES, tpu_refusal
+    for name, size in sizes.items():
+        if size % multiple:
+            return f"{name}={size} is no multiple of {multiple}"
+    return device_refusal(dtype, forced=forced)

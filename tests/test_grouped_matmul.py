@@ -83,14 +83,10 @@ CASES = {  # rows, sizes, alignment
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "case,dtype",
-    [(case, np.float32) for case in CASES]
-    + [(case, BFLOAT16) for case in ("empty groups", "one group", "trailing unused")],
-)
-def test_against_numpy(rng, case, dtype, backend):
+@pytest.mark.parametrize("case", CASES)
+def test_against_numpy(rng, case, backend):
     rows, sizes, alignment = CASES[case]
-    check(draw(rng, rows, len(sizes), sizes, dtype), alignment, backend)
+    check(draw(rng, rows, len(sizes), sizes), alignment, backend)
 
 
 @pytest.mark.parametrize("alignment", [16, 32, 64])
@@ -134,21 +130,21 @@ def test_groups_do_not_touch(rng, backend):
 
 def test_choice_and_explanation():
     case = Case(64, 6, 5, 8, jnp.float32)
-    assert explain(case).startswith("grouped_matmul: blocked; not mosaic_gpu: contraction of 6, no")
+    assert explain(case).startswith("grouped_matmul: blocked; not mosaic_gpu: contraction=6 is")
     assert explain(replace(case, rows=63)) == explain(case), "any number of rows"
     fits = Case(256, 64, 128, 128, jnp.bfloat16)
     for changed, reason in (
         (fits, "not mosaic_gpu: the device is 'cpu', no NVIDIA GPU of capability 9.0"),
         (replace(fits, dtype=jnp.float32), "operands are float32, not bfloat16"),
-        (replace(fits, columns=160), "columns of 160, no multiple of 64"),
-        (replace(fits, contraction=32), "contraction of 32, no multiple of 64"),
+        (replace(fits, columns=160), "columns=160 is no multiple of 64"),
+        (replace(fits, contraction=32), "contraction=32 is no multiple of 64"),
     ):
         assert reason in explain(changed)
 
 
 def test_refusals(rng):
     lhs, rhs, sizes, _ = draw(rng, 6, 2, (4, 0))
-    with pytest.raises(NotImplementedError, match="mosaic_gpu: contraction of 6, no multiple of"):
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: contraction=6 is no multiple of"):
         grouped_matmul(lhs, rhs, sizes, alignment=4, backend="mosaic_gpu")
     with pytest.raises(
         NotImplementedError, match=r"unknown backend 'cutlass'; there are mosaic_gpu"

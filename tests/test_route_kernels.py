@@ -10,12 +10,11 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from kernel_support import OLD, ON_GPU
 
 from pallas_kernels.hopper.compat import interpreted
-from pallas_kernels.route import api, mosaic_gpu
+from pallas_kernels.route import api, grid_layout
 
-ON_GPU = jax.default_backend() == "gpu"
-OLD = jax.__version_info__ < (0, 11) and not ON_GPU
 BACKENDS = (
     "reference",
     pytest.param(
@@ -217,9 +216,9 @@ def test_many_small_places(rng):
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7, 8])
 def test_sums_before(rng, tiles, monkeypatch):
     """In one product and in several."""
-    monkeypatch.setattr(mosaic_gpu, "SPAN", 3)
+    monkeypatch.setattr(grid_layout, "SPAN", 3)
     counts = rng.integers(0, 65, (tiles, 5)).astype(np.float32)
-    before, total = mosaic_gpu._sums_before(jnp.asarray(counts))
+    before, total = grid_layout._sums_before(jnp.asarray(counts))
     assert np.array_equal(before, np.cumsum(counts, axis=0) - counts)
     assert np.array_equal(total, counts.sum(axis=0))
 

@@ -8,17 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from kernel_support import OLD, ON_GPU, needs_transposes
 from oracle import relative_error
-from tuning_support import (
-    OLD,
-    ON_GPU,
-    PLACE,
-    PRODUCT,
-    ask,
-    random_products,
-    small_layer,
-    table_of,
-)
+from tuning_support import PLACE, PRODUCT, ask, random_products, small_layer, table_of
 
 from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.grouped_matmul import api as products
@@ -102,14 +94,42 @@ def test_candidates_are_possible_and_distinct(rng):
         assert found[:5] == candidates(product, heuristic, 5)
         # All of them: counted here by brute force.
         expected = {
-            Cut(tile_n, stages, band)
+            Cut(tile_n, stages, band, cluster)
             for tile_n, stages, band in itertools.product(range(1, 257), range(1, 9), BANDS)
+            for cluster in ((1,) if "few" in product.flags else (1, 2))
             if tile_n % (64 * product.parts) == 0
             and product.columns % (tile_n // product.parts) == 0
             and stages >= 2
             and stages * (128 + tile_n) * 128 + 32768 <= 227 * 1024
         }
         assert set(found) == expected - {heuristic}
+
+
+@pytest.mark.parametrize(
+    "flags,sizes,paired",
+    [
+        ((), {}, True),
+        (("few",), {}, False),
+        (("ragged",), {}, False),
+        (("weights",), dict(contraction=512), True),
+        (("weights",), dict(contraction=384), False),  # three tiles of rows
+        (("ragged", "weights"), dict(contraction=512), False),
+        (("gather_rhs", "weights"), dict(contraction=384, columns=512), True),
+        (("gather_rhs", "weights"), dict(contraction=512, columns=384), False),
+    ],
+)
+def test_pairs_of_blocks_have_tiles_beside_each_other(flags, sizes, paired):
+    product = replace(PRODUCT, parts=1, flags=flags, widest=128, **sizes)
+    found = candidates(product, Cut(128, 4, 32), 1000)
+    assert {cut.cluster for cut in found if cut.tile_n == 128} == ({1, 2} if paired else {1})
+    reason = refusal(product, Cut(128, 4, 8, 2))
+    assert reason is None if paired else "pairs of blocks" in reason
+
+
+def test_pairs_are_the_heuristics_where_nothing_is_gathered():
+    assert ask(PRODUCT, flags=("keep",)).cluster == 2
+    assert ask(PRODUCT, flags=("few",)).cluster == ask(PRODUCT, flags=("gather",)).cluster == 1
+    assert ask(PRODUCT, flags=("keep",), kernel="experts_down_backward").cluster == 1
 
 
 def test_bands_beyond_the_rows_of_a_matrix_are_one():
@@ -158,7 +178,7 @@ def test_results_do_not_depend_on_the_table(work):
     compare_with_and_without(work)
 
 
-@pytest.mark.skipif(OLD, reason="jax 0.10 cannot interpret transposed operands")
+@needs_transposes
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [small_layer(True), small_products(True)], ids=["layer", "rows"])
 def test_gradients_do_not_depend_on_the_table(work):
@@ -235,9 +255,10 @@ def test_the_grids_leave_multiprocessors_free(operation, reserve):
     """Every kernel of forward and backward, in a program that lowers for CUDA."""
     call, work, kernels = CALLS[operation]
     traced = jax.jit(lambda *inputs: call(reserve, True, inputs)).trace(*work(True).shapes())
-    grids = re.findall(r"Mesh\(grid=\((\d+),\)", str(traced.jaxpr))
+    meshes = re.findall(r"Mesh\(grid=\((\d+),\).*?cluster=\((\d*)", str(traced.jaxpr))
+    blocks = {int(grid) * int(cluster or 1) for grid, cluster in meshes}
     there = jax.devices()[0].core_count if ON_GPU else H100_SMS
-    assert len(grids) == kernels and set(map(int, grids)) == {there - reserve}
+    assert len(meshes) == kernels and blocks == {there - reserve}
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= kernels
 
 

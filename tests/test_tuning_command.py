@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import jax
 import pytest
-from tuning_support import ON_GPU, PRODUCT, Clock, Made, options_of, table_of
+from kernel_support import ON_GPU
+from tuning_support import PRODUCT, Clock, Made, options_of, table_of
 
 from pallas_kernels.tuning import command
 from pallas_kernels.tuning.__main__ import main
@@ -146,7 +147,7 @@ def test_wrong_works():
         (["--shape", "16,64,128,4,2", "--passes", "fwdbwd"], few),
         (["--product", "200,64,128,2"], "M must be a multiple of --alignment 128; or give --al"),
         (["--product", "64,64,128,2"], "--product 64,64,128,2: M must be a multiple"),
-        (["--product", "256,60,128,2"], "contraction of 60"),
+        (["--product", "256,60,128,2"], "contraction=60"),
     ):
         with pytest.raises(SystemExit) as caught:
             main([*words, "--dry-run"])

@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from tuning_support import OLD, PLACE, Clock, Made, options_of, small_layer
+from kernel_support import OLD
+from tuning_support import PLACE, Clock, Made, options_of, small_layer
 
 from pallas_kernels.tuning.product import candidates
 from pallas_kernels.tuning.search import Search, asked_by

@@ -8,8 +8,8 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moejax.config import EXACT_WIRE
-from moejax.exchange.permute import RowMap, gather_rows, sum_rows
 from moejax.exchange.wire import exchange_rows, pack, row_bytes, unpack
+from pallas_kernels.row_map import RowMap, gather_rows, sum_rows
 from sharding.mesh import EXPERT, MeshShape, make_mesh
 
 # ---- the wire ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import jax
 from jax import numpy as jnp
+from kernel_support import ON_GPU
 
 from pallas_kernels.hopper.compat import interpreted
 from pallas_kernels.hopper.config import RING, choose_config
@@ -13,8 +14,6 @@ from pallas_kernels.tuning.lookup import device_kind
 from pallas_kernels.tuning.product import KERNELS, bucket, candidates
 from pallas_kernels.tuning.works import Layer
 
-ON_GPU = jax.default_backend() == "gpu"
-OLD = jax.__version_info__ < (0, 11) and not ON_GPU  # its interpreter has no transposed views
 PLACE = nullcontext if ON_GPU else interpreted
 MEASURED = Measured(1.5, 2.0, "0.11.2", "0.11.2", "abc1234+")
 PRODUCT = Product(
@@ -46,7 +45,7 @@ def asking(product, **changed):
 def ask(product, **changed):
     args, options = asking(product, **changed)
     found = choose_config(*args, **options)
-    return Cut(found.tile_n, found.stages, found.band)
+    return Cut(found.tile_n, found.stages, found.band, found.cluster)
 
 
 def table_of(cuts, device=None):

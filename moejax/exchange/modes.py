@@ -13,9 +13,9 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from moejax.exchange.budget import Budget
-from moejax.exchange.permute import RowMap, gather_rows, sum_rows
 from moejax.exchange.plan import Plan, select_wave
 from moejax.exchange.wire import exchange_rows, gather_tokens, return_rows
+from pallas_kernels.row_map import RowMap, gather_rows, sum_rows
 from sharding import collectives
 from sharding.mesh import EXPERT
 
@@ -29,7 +29,7 @@ class Rows:
 
     x_RD: activations of the rows that arrived; rows without an assignment hold anything finite.
     scores_RJ: float32 weights of a row's assignments.
-    ids_RJ: int32 local slots; S for none.
+    ids_RJ: int32 local slots, from 0 to S − 1; others for none.
     home: what the way back needs on the source: bucket rows of its tokens; None where rows are
         tokens.
     """

@@ -20,7 +20,7 @@ import jax
 from jax import numpy as jnp
 
 from moejax.exchange.budget import Budget
-from moejax.exchange.permute import RowMap
+from pallas_kernels.row_map import RowMap
 from sharding.collectives import pmax_statistics
 from sharding.mesh import TOKEN_AXES
 
@@ -33,7 +33,7 @@ class Plan:
     """A source device's view of the whole exchange.
 
     device_TK: int32, destination of each assignment; G for none.
-    slot_TK: int32, slot within that device; S for none.
+    slot_TK: int32, slot within that device; for none S, or −1 where there is one device.
     first_TK: bool, the assignment that carries the row of its (token, device).
     rank_TK: int32, index of the assignment within its row.
     position_TK: int32, position of its row within the (source, device) pair.
@@ -78,7 +78,9 @@ def make_plan(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> Plan:
     devices, slots = budget.devices, budget.slots
     valid_TK = slots_TK >= 0
     device_TK = jnp.where(valid_TK, slots_TK // slots, devices)
-    slot_TK = jnp.where(valid_TK, slots_TK % slots, slots)
+    slot_TK = slots_TK  # of the only device; otherwise:
+    if devices > 1:
+        slot_TK = jnp.where(valid_TK, slots_TK % slots, slots)
     top_k = slots_TK.shape[1]
 
     same_TKK = (device_TK[:, :, None] == device_TK[:, None, :]) & valid_TK[:, :, None]

@@ -50,7 +50,11 @@ def selection_scores(
 
 
 def choose_experts(
-    select_TE: Float32[Array, "T E"], values_TE: Float32[Array, "T E"], config: RouterConfig
+    select_TE: Float32[Array, "T E"],
+    values_TE: Float32[Array, "T E"],
+    config: RouterConfig,
+    *,
+    softmax: bool,
 ) -> tuple[Int32[Array, "T K"], Float32[Array, "T K"]]:
     """The K best experts of each token, within its best groups.
 
@@ -60,10 +64,11 @@ def choose_experts(
         select_TE: float32 [T, E], as `selection_scores` returns them.
         values_TE: float32 [T, E].
         config: `top_k`, `num_groups`, `top_groups` and `group_score` are read.
+        softmax: normalises the values of a token's K chosen by a softmax.
 
     Returns:
-        int32 [T, K], distinct within a token, by descending score; their values [T, K], through
-        which gradients pass.
+        int32 [T, K], distinct within a token, by descending score; their values [T, K] or the
+        softmax of these, through which gradients pass.
 
     Source: groups by `max`, arXiv 2405.04434 §2.1.3; by the sum of the 2 best, arXiv 2412.19437
     §2.1.2.
@@ -71,7 +76,7 @@ def choose_experts(
     if config.top_groups < config.num_groups:
         # A biased score may be negative, so experts out of reach get -inf, not 0.
         select_TE = jnp.where(_within_best_groups(select_TE, config), select_TE, -jnp.inf)
-    return top_k(select_TE, config.top_k, values_TE=values_TE)
+    return top_k(select_TE, config.top_k, values_TE=values_TE, softmax=softmax)
 
 
 def _within_best_groups(select_TE: jax.Array, config: RouterConfig) -> jax.Array:

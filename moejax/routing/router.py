@@ -26,7 +26,7 @@ from moejax.config import RouterConfig
 from moejax.routing.bias import RouterBias
 from moejax.routing.choice import choose_experts, deal_experts, selection_scores
 from moejax.routing.losses import RouterLosses, router_losses
-from pallas_kernels.precision import float32_dot
+from pallas_kernels.route.router_product import router_product
 from sharding.mesh import TOKEN_AXES
 
 __all__ = ["Router", "Routing", "route"]
@@ -92,12 +92,12 @@ def route(
     if config.forced_balance:
         experts_TK = deal_experts(num_tokens, config, axes)
         scores_TK = _of_chosen(values_TE, experts_TK)
+        if renormalize:
+            scores_TK = jax.nn.softmax(scores_TK, axis=-1)
     else:
         select_TE = selection_scores(logits_TE, config, bias_E)
-        experts_TK, scores_TK = choose_experts(select_TE, values_TE, config)
-    if renormalize:
-        scores_TK = jax.nn.softmax(scores_TK, axis=-1)
-    elif sigmoid:
+        experts_TK, scores_TK = choose_experts(select_TE, values_TE, config, softmax=renormalize)
+    if sigmoid and not renormalize:
         scores_TK = jax.nn.sigmoid(scores_TK)
     scores_TK = scores_TK * config.scaling_factor
 
@@ -193,7 +193,7 @@ class Router(nnx.Module):
         if token_mask_T is not None:
             # Also of the weight's gradient: what padding holds times a cotangent of 0 may be NaN.
             x_TD = jnp.where(token_mask_T[:, None], x_TD, jnp.zeros((), x_TD.dtype))
-        logits_TE = float32_dot(x_TD, self.w_DE[...])
+        logits_TE = router_product(x_TD, self.w_DE[...])
         if self.b_E is not None:
             logits_TE = logits_TE + self.b_E[...]
         bias_E = None if self.selection_bias_E is None else self.selection_bias_E[...]

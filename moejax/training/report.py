@@ -7,14 +7,36 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from moejax.training.config import TrainConfig
+    from sharding.mesh import MeshShape
 
 __all__ = [
     "StepTimer",
+    "explain_layer",
     "format_duration",
     "print_summary",
     "step_line",
 ]
+
+
+def explain_layer(config: TrainConfig, shape: MeshShape) -> list[str]:
+    """What computes a layer of experts on this device; see `MoELayer.explain`."""
+    from flax import nnx
+
+    from moejax.layer import MoELayer
+
+    model = config.model
+    layer = nnx.eval_shape(
+        lambda: MoELayer(
+            model.d_model, model.moe, expert_devices=shape.expert, rngs=nnx.Rngs(params=0)
+        )
+    )
+    tokens = config.data.batch_size * config.data.seq_len
+    tokens //= config.accumulate * shape.data * shape.expert
+    return layer.explain(tokens, dtype=model.compute_dtype, tensor=shape.tensor)
 
 
 def step_line(

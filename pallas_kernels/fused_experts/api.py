@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import backends
-from pallas_kernels.fused_experts import mosaic_gpu, mosaic_tpu, reference
+from pallas_kernels.fused_experts import grouped, mosaic_gpu, mosaic_tpu, reference, weighted_sum
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
-from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.hopper.config import check_reserve
 from pallas_kernels.hopper.tiles import ROWS, TileMap, tile_map
-from pallas_kernels.tpu.compat import tpu_refusal
-from pallas_kernels.tpu.tiles import LANES
 
 __all__ = [
     "BACKENDS",
@@ -31,12 +28,11 @@ __all__ = [
     "Case",
     "explain",
     "fused_experts",
-    "kernels_serve",
     "refusal",
     "sum_places",
 ]
 
-BACKENDS = ("mosaic_gpu", "mosaic_tpu", "reference")
+BACKENDS = ("mosaic_gpu", "mosaic_tpu", "grouped", "reference")
 _KERNELS: dict[str, Any] = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 ROW_ALIGNMENT = ROWS
 """The multiple of rows to which slots must be padded for the kernels."""
@@ -57,6 +53,13 @@ class Case:
     bias: bool = False
 
 
+class _Sizing(NamedTuple):
+    """What sizes depend on: the most assignments there are, multiprocessors to leave free."""
+
+    assignments: int
+    reserve_sms: int
+
+
 def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
     """Why a backend cannot serve; None if it can.
 
@@ -65,45 +68,35 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
         case: what is asked.
         forced: do not look at the device.
     """
-    if case.bias:
-        return "the experts have biases"
     if case.activation not in ACTIVATIONS:
         return f"activation {case.activation!r} is none of {', '.join(ACTIVATIONS)}"
     if backend not in _KERNELS:
         return None
-    multiple, device_refusal = 64, hopper_refusal
-    if backend == "mosaic_tpu":
-        multiple, device_refusal = LANES, tpu_refusal
-    for name, size in (("d_model", case.d_model), ("hidden", case.hidden)):
-        if size % multiple:
-            return f"{name}={size} is no multiple of {multiple}"
-    return device_refusal(case.dtype, forced=forced)
-
-
-def kernels_serve(case: Case) -> bool:
-    """Whether a backend other than the reference serves."""
-    return any(refusal(name, case) is None for name in _KERNELS)
+    if case.bias:
+        return "the experts have biases"
+    sizes = {"d_model": case.d_model, "hidden": case.hidden}
+    return backends.kernel_refusal(backend, sizes, case.dtype, forced=forced)
 
 
 def explain(case: Case) -> str:
-    """One line: whether the kernels serve this layer, and why not."""
-    if kernels_serve(case):
-        return backends.explain(
-            "fused_experts", BACKENDS, lambda name, forced: refusal(name, case, forced=forced)
-        )
-    reasons = "; ".join(f"not {name}: {refusal(name, case)}" for name in _KERNELS)
-    return f"fused_experts: {reasons}; grouped products and gathers instead"
+    """One line: the backend that serves this layer, and why not those before it."""
+    return backends.explain(
+        "fused_experts", BACKENDS, lambda name, forced: refusal(name, case, forced=forced)
+    )
 
 
-def sum_places(rows_AD, weights_RJ, place_RJ, dtype):
-    """Each row's places, weighted and summed in float32."""
+def sum_places(rows_AD, weights_RJ, place_RJ, dtype, backend):
+    """Each row's places, weighted and summed in float32; no gradient."""
     if place_RJ.size <= FEW_COPIES:
         # One after the other a row's reads would each take a memory's latency; side by side, one.
+        # A kernel is no faster, and what follows could not be part of it.
         total = jnp.zeros((place_RJ.shape[0], rows_AD.shape[1]), jnp.float32)
         for j in range(place_RJ.shape[1]):
             taken = rows_AD.at[place_RJ[:, j]].get(mode="fill", fill_value=0).astype(jnp.float32)
             total = total + (taken if weights_RJ is None else taken * weights_RJ[:, j : j + 1])
         return total.astype(dtype)
+    if backend == "mosaic_gpu" and weighted_sum.refusal(rows_AD, place_RJ, dtype) is None:
+        return weighted_sum.sum_places(rows_AD, weights_RJ, place_RJ)
     taken_RJD = rows_AD.at[place_RJ].get(mode="fill", fill_value=0).astype(jnp.float32)
     if weights_RJ is not None:
         taken_RJD = taken_RJD * weights_RJ[..., None]
@@ -111,67 +104,68 @@ def sum_places(rows_AD, weights_RJ, place_RJ, dtype):
 
 
 def _rows_of(x_RD, copy_A, copies, within):
-    """(rows, the copy at each place or None): gathered beforehand or within the products."""
+    """(rows, what picks them within a product): gathered beforehand nothing does."""
     if within:
-        return x_RD, copy_A
-    return x_RD.at[copy_A // copies].get(mode="fill", fill_value=0), None
+        return x_RD, {"copy_A": copy_A, "copies": copies}
+    return x_RD.at[copy_A // copies].get(mode="fill", fill_value=0), {}
 
 
-def _options(place_RJ, hidden, backend, reserve, *, few=False):
-    """What the Hopper kernels choose their sizes by, and whether they gather rows themselves.
+def _options(layout, hidden, backend, sizing, *, few=False):
+    """What the Hopper kernels of rows and of weights are told, and whether these gather rows.
 
     A gather within a product of many rows costs about a tenth of it, and one beforehand the bytes
     of its rows, written and read: less where experts are wide.
     """
     if backend != "mosaic_gpu":
-        return {}, False
-    copies = place_RJ.shape[1]
-    options = {"assignments": place_RJ.size, "reserve_sms": reserve, "copies": copies}
-    return options, few or hidden < WIDE
+        return {}, {}, False
+    place_RJ, copy_A, sizes_S, tiles = layout
+    if tiles is None:
+        tiles = tile_map(sizes_S, copy_A.shape[0], copy_A < place_RJ.size)
+    options = {"assignments": sizing.assignments, "reserve_sms": sizing.reserve_sms}
+    return {"tiles": tiles, **options}, options, few or hidden < WIDE
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _fused(arrays, layout, activation, backend, reserve):
-    return _forward(arrays, layout, activation, backend, reserve, keep=False)[0]
+def _fused(arrays, layout, activation, backend, sizing):
+    return _forward(arrays, layout, activation, backend, sizing, keep=False)[0]
 
 
-def _forward(arrays, layout, activation, backend, reserve, *, keep):
+def _forward(arrays, layout, activation, backend, sizing, *, keep):
     x_RD, w_in, w_out, scores_RJ = arrays
-    place_RJ, copy_A, sizes_S, tiles = layout
+    place_RJ, copy_A, sizes_S, _ = layout
     kernels = _KERNELS[backend]
-    few = not keep and place_RJ.size <= FEW_ROWS * sizes_S.shape[0]
-    options, within = _options(place_RJ, w_out.shape[1], backend, reserve, few=few)
+    few = not keep and sizing.assignments <= FEW_ROWS * sizes_S.shape[0]
+    options, _, within = _options(layout, w_out.shape[1], backend, sizing, few=few)
     if backend == "mosaic_gpu":
-        if few and tiles is None:
-            tiles = tile_map(sizes_S, copy_A.shape[0], copy_A < place_RJ.size)
-        options |= {"tiles": tiles, "few": few}
-    rows, index = _rows_of(x_RD, copy_A, place_RJ.shape[1], within)
-    a_AH, h = kernels.up(rows, w_in, index, sizes_S, activation=activation, keep=keep, **options)
+        options["few"] = few
+    rows, picked = _rows_of(x_RD, copy_A, place_RJ.shape[1], within)
+    a_AH, h = kernels.up(rows, w_in, sizes_S, activation=activation, keep=keep, **picked, **options)
     y_AD = kernels.down(a_AH, w_out, sizes_S, **options)
-    return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype), h
+    return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype, backend), h
 
 
-def _fused_fwd(arrays, layout, activation, backend, reserve):
-    out, h = _forward(arrays, layout, activation, backend, reserve, keep=True)
+def _fused_fwd(arrays, layout, activation, backend, sizing):
+    out, h = _forward(arrays, layout, activation, backend, sizing, keep=True)
     return out, (arrays, layout, h)
 
 
-def _fused_bwd(activation, backend, reserve, residuals, ct_RD):
-    (x_RD, w_in, w_out, scores_RJ), (place_RJ, copy_A, sizes_S, _), h = residuals
+def _fused_bwd(activation, backend, sizing, residuals, ct_RD):
+    (x_RD, w_in, w_out, scores_RJ), layout, h = residuals
+    place_RJ, copy_A, sizes_S, _ = layout
     kernels, copies = _KERNELS[backend], place_RJ.shape[1]
-    options, within = _options(place_RJ, w_out.shape[1], backend, reserve)
+    options, others, within = _options(layout, w_out.shape[1], backend, sizing)
     scores_A = scores_RJ.reshape(-1).at[copy_A].get(mode="fill", fill_value=0)
-    ct_rows, ct_index = _rows_of(ct_RD, copy_A, copies, within)
+    ct_rows, picked = _rows_of(ct_RD, copy_A, copies, within)
     h_ct, weighted_AH, partial_sums = kernels.down_backward(
-        ct_rows, w_out, h, scores_A, ct_index, sizes_S, activation=activation, **options
+        ct_rows, w_out, h, scores_A, sizes_S, activation=activation, **picked, **options
     )
     x_ct_AD = kernels.rows_gradient(h_ct, w_in, sizes_S, **options)
-    rows, index = _rows_of(x_RD, copy_A, copies, within)
-    w_in_ct = kernels.w_in_gradient(rows, h_ct, index, sizes_S, **options)
-    w_out_ct = kernels.w_out_gradient(weighted_AH, ct_rows, ct_index, sizes_S, **options)
+    rows, _ = _rows_of(x_RD, copy_A, copies, within)
+    w_in_ct = kernels.w_in_gradient(rows, h_ct, sizes_S, **picked, **others)
+    w_out_ct = kernels.w_out_gradient(weighted_AH, ct_rows, sizes_S, **picked, **others)
     scores_ct_A = jnp.sum(partial_sums, axis=0)
     cotangents = (
-        sum_places(x_ct_AD, None, place_RJ, x_RD.dtype),
+        sum_places(x_ct_AD, None, place_RJ, x_RD.dtype, backend),
         w_in_ct.reshape(w_in.shape),
         w_out_ct,
         scores_ct_A.at[place_RJ].get(mode="fill", fill_value=0),
@@ -209,11 +203,14 @@ def fused_experts(
     sizes_S: Int32[Array, " S"],
     *,
     activation: str,
+    b_in_SNH: Float[Array, "S N H"] | None = None,
+    b_out_SD: Float[Array, "S D"] | None = None,
+    assignments: int | None = None,
     tiles: TileMap | None = None,
     backend: str | None = None,
     reserve_sms: int = 0,
 ) -> Float[Array, "R D"]:
-    """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
+    """Σ_j scores[r, j] · (act(x[r] @ w_in + b_in) @ w_out + b_out)[slot] over a row's assignments.
 
     Args:
         x_RD: rows.
@@ -221,9 +218,11 @@ def fused_experts(
         w_out_SHD: output projections, likewise.
         scores_RJ: weights of the assignments.
         place_RJ: the place of each assignment; A for none.
-        copy_A: the flat assignment r·J + j of each place; R·J for none.
+        copy_A: the flat assignment r·J + j of each place; R·J for none, after a slot's others.
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
         activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        b_in_SNH, b_out_SD: biases in x's dtype, or None; the kernels take none.
+        assignments: the most that have a place, which bounds the work of `grouped`; None: R·J.
         tiles: of the slots, for the Hopper kernels, as `route.api.sorted_tiles` makes them; None
             makes the list here.
         backend: one of `BACKENDS`; None tries them in order.
@@ -231,9 +230,9 @@ def fused_experts(
             too, for communication at the same time. Other backends take what XLA gives them.
 
     Returns:
-        [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections
-        and the scores; the backward keeps only the input projections [A, N·H] of the forward and
-        recomputes the activation (SonicMoE, arXiv 2512.14080).
+        [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections,
+        the biases and the scores. The kernels' backward keeps only the input projections [A, N·H]
+        of the forward and recomputes the activation (SonicMoE, arXiv 2512.14080).
 
     Raises:
         NotImplementedError: no backend serves; the message has each one's reason.
@@ -242,7 +241,8 @@ def fused_experts(
     """
     check_reserve(reserve_sms)
     _check_operands(x_RD, w_in_SDNH, w_out_SHD, sizes_S, activation)
-    case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype)
+    bias = b_in_SNH is not None or b_out_SD is not None
+    case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype, bias)
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)
     chosen = backends.choose(
@@ -251,18 +251,15 @@ def fused_experts(
         backend,
         lambda name, forced: refusal(name, case, forced=forced),
     )
+    most = place_RJ.size if assignments is None else min(assignments, place_RJ.size)
     if chosen in _KERNELS:
-        arrays = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ)
+        differentiable = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ)
         layout = (place_RJ, copy_A, sizes_S, tiles)
-        return _fused(arrays, layout, activation, chosen, reserve_sms)
-    source_A = copy_A // place_RJ.shape[1]
-    return reference.fused_experts(
-        x_RD,
-        w_in_SDNH,
-        w_out_SHD,
-        scores_RJ,
-        place_RJ,
-        source_A,
-        sizes_S,
-        activation=activation,
+        return _fused(differentiable, layout, activation, chosen, _Sizing(most, reserve_sms))
+    arrays = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ)
+    options: dict[str, Any] = {"activation": activation, "b_in_SNH": b_in_SNH, "b_out_SD": b_out_SD}
+    if chosen == "reference":
+        return reference.fused_experts(*arrays, copy_A // place_RJ.shape[1], sizes_S, **options)
+    return grouped.fused_experts(
+        *arrays, copy_A, sizes_S, assignments=most, reserve_sms=reserve_sms, **options
     )

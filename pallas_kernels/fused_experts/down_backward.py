@@ -6,6 +6,8 @@ kept projections, so that only those are kept (as SonicMoE does, arXiv 2512.1408
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -15,8 +17,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.hopper.compat import load_rows
 from pallas_kernels.hopper.config import RING, RowsConfig, choose_config
+from pallas_kernels.hopper.ragged import zero_outside
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
-from pallas_kernels.hopper.tiles import COMPUTE, HALF, STRIP, out_scratch, swizzled, tile_map
+from pallas_kernels.hopper.tiles import (
+    COMPUTE,
+    EIGHT,
+    HALF,
+    ROWS,
+    STRIP,
+    TileMap,
+    kept_rows,
+    out_scratch,
+    swizzled,
+    tile_map,
+)
 
 __all__ = ["down_backward"]
 
@@ -24,13 +38,14 @@ __all__ = ["down_backward"]
 def down_backward(
     ct_RD: jax.Array,
     w_out_SHD: jax.Array,
-    h_AM: jax.Array,
+    h_BM: jax.Array,
     scores_A: jax.Array,
-    copy_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
+    copy_A: jax.Array | None = None,
     copies: int = 1,
+    tiles: TileMap | None = None,
     assignments: int | None = None,
     reserve_sms: int = 0,
     config: RowsConfig | None = None,
@@ -40,12 +55,13 @@ def down_backward(
     Args:
         ct_RD: bfloat16 cotangents of the token rows' sums; with no `copy_A` [A, D].
         w_out_SHD: bfloat16 output projections.
-        h_AM: bfloat16 input projections [A, N·H] kept by `up`.
+        h_BM: bfloat16 input projections [B, N·H] kept by `up`.
         scores_A: float32, the weight of each place; 0 in padding.
-        copy_A: int32, the copy of a token row at each place; out of range in padding.
         sizes_S: int32, multiples of 128.
         activation: name.
+        copy_A: int32, the copy of a token row at each place; out of range in padding.
         copies: of a token row.
+        tiles: as for `up`.
         assignments: places that are expected to hold a row, which the sizes may depend on; None:
             all.
         reserve_sms: multiprocessors to leave free.
@@ -64,10 +80,10 @@ def down_backward(
         kernel="experts_down_backward",
         contraction=d_model,
         groups=slots,
-        assignments=h_AM.shape[0] if assignments is None else assignments,
+        assignments=scores_A.shape[0] if assignments is None else assignments,
         flags={"gather": copy_A is not None},
     )
-    places, tile_n, tile_k = h_AM.shape[0], config.tile_n, config.tile_k
+    places, tile_n, tile_k = scores_A.shape[0], config.tile_n, config.tile_k
     if hidden % tile_n:
         raise ValueError(f"tiles of {tile_n} columns do not divide the hidden width {hidden}")
     strips, n_tiles = tile_n // STRIP, hidden // tile_n
@@ -77,12 +93,13 @@ def down_backward(
         return ref.at[group, pl.ds(n * tile_n, tile_n), pl.ds(k * tile_k, tile_k)]
 
     def fetch(strip, warpgroup, row, n, refs, scratch):
-        """Starts loading a strip of the kept projections."""
+        """Starts loading a strip of the kept projections; behind those wanted are others'."""
         slot = strip % 2
+        first = refs[3][lax.div(row, ROWS)] * EIGHT + warpgroup * HALF
         for part in range(act.parts):
             column = part * hidden + n * tile_n + strip * STRIP
             plgpu.copy_gmem_to_smem(
-                refs[0].at[pl.ds(row, HALF), pl.ds(column, STRIP)],
+                refs[0].at[pl.ds(first, HALF), pl.ds(column, STRIP)],
                 scratch["h_smem"].at[warpgroup, slot, part],
                 scratch["h_full"].at[warpgroup * 2 + slot],
             )
@@ -93,7 +110,8 @@ def down_backward(
             fetch(strip, warpgroup, row, n, refs, scratch)
 
     def finish(accumulators, warpgroup, row, _wanted, n, refs, scratch):
-        _, scores, h_ct, weighted, score_ct = refs
+        _, scores, tile_rows, _, h_ct, weighted, score_ct = refs
+        mine = tile_rows[lax.div(row, ROWS)] - warpgroup * HALF
         h_smem, out_smem = scratch["h_smem"], scratch["out_smem"]
         reduced = plgpu.Layout.WGMMA.reduce(1)
         score = load_rows(scores.at[pl.ds(row, HALF)], reduced)
@@ -104,6 +122,13 @@ def down_backward(
             ct = accumulators[0][:, strip * STRIP : (strip + 1) * STRIP]
             plgpu.barrier_wait(scratch["h_full"].at[warpgroup * 2 + slot])
             buffers = [h_smem.at[warpgroup, slot, part] for part in range(act.parts)]
+
+            @pl.when(mine < HALF)
+            def leave_out_the_next(buffers: list[Any] = buffers) -> None:
+                for buffer in buffers:
+                    zero_outside(buffer, 0, mine)
+                plgpu.commit_smem()
+
             kept = tuple(buffer[...].astype(jnp.float32) for buffer in buffers)
             value, gradients = act.gradients(kept, ct * score)
             total = total + jnp.sum(ct * value, axis=1)
@@ -150,4 +175,6 @@ def down_backward(
         ],
         dtype=dtype,
     )
-    return tuple(kernel(tile_map(sizes_S, places), copy_A, ct_RD, w_out_SHD, h_AM, scores_A))
+    tiles = tiles or tile_map(sizes_S, places)
+    extra = (h_BM, scores_A, tiles.rows, kept_rows(tiles))
+    return tuple(kernel(tiles, copy_A, ct_RD, w_out_SHD, *extra))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
@@ -17,7 +18,18 @@ from pallas_kernels.fused_experts.down_backward import down_backward
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.hopper.config import RowsConfig, choose_config
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
-from pallas_kernels.hopper.tiles import ROWS, TileMap, out_scratch, store_strips, tile_map
+from pallas_kernels.hopper.tiles import (
+    EIGHT,
+    HALF,
+    ROWS,
+    TileMap,
+    kept_rows,
+    most_kept_rows,
+    out_scratch,
+    store_first_strips,
+    store_strips,
+    tile_map,
+)
 
 __all__ = ["down", "down_backward", "rows_gradient", "up", "w_in_gradient", "w_out_gradient"]
 
@@ -31,11 +43,11 @@ def _check_width(hidden: int, width: int) -> None:
 def up(
     x_RD: jax.Array,
     w_in_SDNH: jax.Array,
-    copy_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
     keep: bool,
+    copy_A: jax.Array | None = None,
     copies: int = 1,
     tiles: TileMap | None = None,
     few: bool = False,
@@ -48,10 +60,11 @@ def up(
     Args:
         x_RD: bfloat16 token rows; with no `copy_A` [A, D], a row for each place.
         w_in_SDNH: bfloat16 input projections; N is 2 for gated activations.
-        copy_A: int32, the copy of a token row at each place; out of range in padding.
         sizes_S: int32, multiples of 128.
         activation: name.
-        keep: whether the projections are written too, for the backward.
+        keep: whether the projections are written too, for the backward; with `tiles` that say
+            which rows are wanted, without the padding.
+        copy_A: int32, the copy of a token row at each place; out of range in padding.
         copies: of a token row.
         tiles: of the slots; None makes the list.
         few: most tiles hold few rows: only those that `tiles` wants need be written.
@@ -61,7 +74,8 @@ def up(
         config: sizes; None chooses.
 
     Returns:
-        [A, H], and the projections [A, N·H] or None. Rows past the last group are not written.
+        [A, H], and the projections or None: [B, N·H], those of the wanted rows alone, as
+        `kept_rows` places them. Rows past the last group are not written.
     """
     act = ACTIVATIONS[activation]
     slots, d_model, parts, hidden = w_in_SDNH.shape
@@ -90,16 +104,25 @@ def up(
 
     def finish(accumulators, warpgroup, row, wanted, n, refs, scratch):
         column, smem = n * part_n, scratch["out_smem"]
+        *kept, out = refs
         if keep:
+            tile_rows, first_rows, h = kept
+            m = lax.div(row, ROWS)
+            mine = tile_rows[m] - warpgroup * HALF
+            first = first_rows[m] * EIGHT + warpgroup * HALF
             for part, values in enumerate(accumulators):
-                kept = values.astype(refs[1].dtype)
-                store_strips(kept, refs[1], smem, warpgroup, row, part * hidden + column)
-        values = act.value(accumulators).astype(refs[0].dtype)
-        store_strips(values, refs[0], smem, warpgroup, row, column, wanted)
+                columns, values = part * hidden + column, values.astype(h.dtype)
+                store_first_strips(values, h, smem, warpgroup, first, columns, mine)
+        values = act.value(accumulators).astype(out.dtype)
+        store_strips(values, out, smem, warpgroup, row, column, wanted)
 
+    tiles = tiles or tile_map(sizes_S, places)
     out_type = [jax.ShapeDtypeStruct((places, hidden), x_RD.dtype)]
+    kept = []
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((places, parts * hidden), x_RD.dtype))
+        most = places if assignments is None else most_kept_rows(assignments, slots)
+        out_type.insert(0, jax.ShapeDtypeStruct((min(places, most), parts * hidden), x_RD.dtype))
+        kept = [tiles.rows, kept_rows(tiles)]
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(x_RD.dtype)}),
         name="experts_up",
@@ -115,8 +138,8 @@ def up(
         out_type=out_type,
         dtype=x_RD.dtype,
     )
-    out = kernel(tiles or tile_map(sizes_S, places), copy_A, x_RD, w_in_SDNH)
-    return out[0], out[1] if keep else None
+    *h, a_AH = kernel(tiles, copy_A, x_RD, w_in_SDNH, *kept)
+    return a_AH, h[0] if keep else None
 
 
 def down(
@@ -142,8 +165,8 @@ def rows_gradient(
 def w_in_gradient(
     x_RD: jax.Array,
     h_ct_AM: jax.Array,
-    copy_A: jax.Array | None,
     sizes_S: jax.Array,
+    copy_A: jax.Array | None = None,
     **sizing: Any,
 ) -> jax.Array:
     """Gradients [S, D, N·H] of the input projections' matrices; arguments as for `up`."""
@@ -156,8 +179,8 @@ def w_in_gradient(
 def w_out_gradient(
     weighted_AH: jax.Array,
     ct_RD: jax.Array,
-    copy_A: jax.Array | None,
     sizes_S: jax.Array,
+    copy_A: jax.Array | None = None,
     **sizing: Any,
 ) -> jax.Array:
     """Gradients [S, H, D] of the output projections; `ct_RD` as for `down_backward`."""

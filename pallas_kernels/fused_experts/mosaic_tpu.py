@@ -21,14 +21,10 @@ from pallas_kernels.tpu.rows import (
     rows_product,
     scores_block,
 )
-from pallas_kernels.tpu.tiles import LANES, Tiles, choose_tiles
+from pallas_kernels.tpu.tiles import LANES, choose_tiles
 from pallas_kernels.tpu.weights import weights_product
 
 __all__ = ["down", "down_backward", "rows_gradient", "up", "w_in_gradient", "w_out_gradient"]
-
-
-def _taken(x_RD: jax.Array, source_A: jax.Array | None) -> jax.Array:
-    return x_RD if source_A is None else x_RD.at[source_A].get(mode="fill", fill_value=0)
 
 
 def _spans(sizes_S: jax.Array, places: int) -> jax.Array:
@@ -36,35 +32,30 @@ def _spans(sizes_S: jax.Array, places: int) -> jax.Array:
 
 
 def up(
-    x_RD: jax.Array,
+    x_AD: jax.Array,
     w_in_SDNH: jax.Array,
-    source_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
     keep: bool,
-    tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """act(x[source] @ w_in of the group).
+    """act(x @ w_in of the group).
 
     Args:
-        x_RD: bfloat16 or float32 token rows; with no `source_A` [A, D], a row for each place.
+        x_AD: bfloat16 or float32, the token row of each place.
         w_in_SDNH: input projections, same dtype; N is 2 for gated activations.
-        source_A: int32, the token row of each place; out of range in padding.
         sizes_S: int32, any sizes.
         activation: name.
         keep: whether the projections are written too, for the backward.
-        tiles: sizes; None chooses.
 
     Returns:
         [A, H], and the projections [N, A, H] or None. Tiles past the last group are not written.
     """
-    x_AD = _taken(x_RD, source_A)
-    act, dtype = ACTIVATIONS[activation], x_RD.dtype
+    act, dtype = ACTIVATIONS[activation], x_AD.dtype
     slots, d_model, parts, hidden = w_in_SDNH.shape
     places = x_AD.shape[0]
     blocks = 1 + parts if keep else 1
-    tiles = tiles or choose_tiles(places, slots, d_model, hidden, dtype, parts=parts, blocks=blocks)
+    tiles = choose_tiles(places, slots, d_model, hidden, dtype, parts=parts, blocks=blocks)
 
     def finish(sums, _, outputs, store):
         store(outputs[0], ..., act.value(sums))
@@ -108,36 +99,32 @@ def _to_row(column: jax.Array) -> jax.Array:
 
 
 def down_backward(
-    ct_RD: jax.Array,
+    ct_AD: jax.Array,
     w_out_SHD: jax.Array,
     h_NAH: jax.Array,
     scores_A: jax.Array,
-    source_A: jax.Array | None,
     sizes_S: jax.Array,
     *,
     activation: str,
-    tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """From the cotangent of the layer's output to those of the input projections.
 
     Args:
-        ct_RD: bfloat16 or float32 cotangents of the token rows' sums; with no `source_A` [A, D].
+        ct_AD: bfloat16 or float32, for each place the cotangent of its token row's sum.
         w_out_SHD: output projections, same dtype.
         h_NAH: input projections kept by `up`.
         scores_A: float32, the weight of each place; 0 in padding.
-        source_A: int32, the token row of each place; out of range in padding.
         sizes_S: int32, any sizes.
         activation: name.
-        tiles: sizes; None chooses.
 
     Returns:
         cotangent of h [N, A, H]; act(h) times the score [A, H]; float32 [tiles of columns, A],
         partial sums of the scores' cotangents. Tiles past the last group are not written.
     """
-    act, dtype = ACTIVATIONS[activation], ct_RD.dtype
+    act, dtype = ACTIVATIONS[activation], ct_AD.dtype
     slots, hidden, d_model = w_out_SHD.shape
     parts, places, _ = h_NAH.shape
-    tiles = tiles or choose_tiles(
+    tiles = choose_tiles(
         places,
         slots,
         d_model,
@@ -160,7 +147,7 @@ def down_backward(
 
     h_ct, weighted_AH, partial_sums = rows_product(
         finish,
-        _taken(ct_RD, source_A)[None],
+        ct_AD[None],
         w_out_SHD[:, None],
         _spans(sizes_S, places),
         name="experts_down_backward",
@@ -200,30 +187,27 @@ def rows_gradient(h_ct_NAH: jax.Array, w_in_SDNH: jax.Array, sizes_S: jax.Array)
 
 
 def w_in_gradient(
-    x_RD: jax.Array,
+    x_AD: jax.Array,
     h_ct_NAH: jax.Array,
-    source_A: jax.Array | None,
     sizes_S: jax.Array,
 ) -> jax.Array:
-    """Gradients [S, D, N, H] of the input projections' matrices; `x_RD` as for `up`."""
+    """Gradients [S, D, N, H] of the input projections' matrices; `x_AD` as for `up`."""
     out_SNDH = weights_product(
-        _taken(x_RD, source_A),
+        x_AD,
         h_ct_NAH,
         _spans(sizes_S, h_ct_NAH.shape[1]),
         name="w_in_gradient",
-        dtype=x_RD.dtype,
+        dtype=x_AD.dtype,
     )
     return out_SNDH.swapaxes(1, 2)
 
 
-def w_out_gradient(
-    weighted_AH: jax.Array, ct_RD: jax.Array, source_A: jax.Array | None, sizes_S: jax.Array
-) -> jax.Array:
-    """Gradients [S, H, D] of the output projections; `ct_RD` as for `down_backward`."""
+def w_out_gradient(weighted_AH: jax.Array, ct_AD: jax.Array, sizes_S: jax.Array) -> jax.Array:
+    """Gradients [S, H, D] of the output projections; `ct_AD` as for `down_backward`."""
     return weights_product(
         weighted_AH,
-        _taken(ct_RD, source_A)[None],
+        ct_AD[None],
         _spans(sizes_S, weighted_AH.shape[0]),
         name="w_out_gradient",
-        dtype=ct_RD.dtype,
+        dtype=ct_AD.dtype,
     )[:, 0]

@@ -17,11 +17,9 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import backends
 from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.hopper.compat import hopper_refusal
+from pallas_kernels.grouped_matmul.blocks import block_size
 from pallas_kernels.hopper.config import check_reserve
 from pallas_kernels.hopper.tiles import ROWS
-from pallas_kernels.tpu.compat import tpu_refusal
-from pallas_kernels.tpu.tiles import LANES
 
 __all__ = ["BACKENDS", "Case", "explain", "grouped_matmul", "row_alignment"]
 
@@ -55,19 +53,14 @@ def row_alignment(rows: int, groups: int, contraction: int, columns: int, dtype:
     case = Case(ROWS, contraction, columns, ROWS, dtype)
     if _refusal("mosaic_gpu", case, forced=False) is None:
         return ROWS
-    return blocked.block_size(rows, groups)
+    return block_size(rows, groups)
 
 
 def _refusal(backend: str, case: Case, *, forced: bool) -> str | None:
     if backend not in ("mosaic_gpu", "mosaic_tpu"):
         return None
-    multiple, device_refusal = 64, hopper_refusal
-    if backend == "mosaic_tpu":
-        multiple, device_refusal = LANES, tpu_refusal
-    for name, size in (("contraction", case.contraction), ("columns", case.columns)):
-        if size % multiple:
-            return f"{name} of {size}, no multiple of {multiple}"
-    return device_refusal(case.dtype, forced=forced)
+    sizes = {"contraction": case.contraction, "columns": case.columns}
+    return backends.kernel_refusal(backend, sizes, case.dtype, forced=forced)
 
 
 def explain(case: Case) -> str:
@@ -134,7 +127,7 @@ def _grouped_bwd(alignment, backend, reserve, residuals, ct):
     elif backend == "mosaic_tpu":
         rhs_ct = mosaic_tpu.weights_gradient(lhs, ct, sizes, dtype=rhs.dtype, **own)
     elif backend == "blocked":
-        block = max(alignment, blocked.block_size(lhs.shape[0], sizes.shape[0]))
+        block = max(alignment, block_size(lhs.shape[0], sizes.shape[0]))
         rhs_ct = blocked.weights_gradient(lhs, ct, sizes, block, rhs.dtype, **own)
     else:
         rhs_ct = reference.weights_gradient(lhs, ct, sizes, rhs.dtype, **own)

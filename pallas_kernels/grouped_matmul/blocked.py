@@ -14,21 +14,15 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from pallas_kernels.grouped_matmul.blocks import block_size, cut_into_blocks, last_before
 from pallas_kernels.grouped_matmul.spans import group_spans
 from pallas_kernels.precision import precision_of
 
-__all__ = ["block_size", "grouped_matmul", "weights_gradient"]
+__all__ = ["block_products", "grouped_matmul", "weights_gradient"]
 
 
-def block_size(rows: int, groups: int) -> int:
-    """A power of two of at most 128 near half the mean group, so that padding stays moderate."""
-    block = 1
-    while block < 128 and block * 2 * groups <= rows:
-        block *= 2
-    return block
-
-
-def _product(lhs_BMK: jax.Array, rhs_BKN: jax.Array) -> jax.Array:
+def block_products(lhs_BMK: jax.Array, rhs_BKN: jax.Array) -> jax.Array:
+    """Each block's product, float32."""
     return jnp.einsum(
         "bmk,bkn->bmn",
         lhs_BMK,
@@ -38,18 +32,12 @@ def _product(lhs_BMK: jax.Array, rhs_BKN: jax.Array) -> jax.Array:
     )
 
 
-def _last_before(index: jax.Array, ends_G: jax.Array) -> jax.Array:
-    """The first group that ends after each index, which is the last one where none does."""
-    group = jnp.searchsorted(ends_G, index, side="right", method="compare_all")
-    return jnp.minimum(group, ends_G.shape[0] - 1)
-
-
 def _in_place(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block: int) -> jax.Array:
     """The product where the groups are whole blocks."""
     rows = lhs_MK.shape[0]
     first_B = jnp.arange(0, rows, block, dtype=jnp.int32)
-    group_B = _last_before(first_B, spans_2G[1])
-    out_BMN = _product(lhs_MK.reshape(rows // block, block, -1), rhs_GKN[group_B])
+    group_B = last_before(first_B, spans_2G[1])
+    out_BMN = block_products(lhs_MK.reshape(rows // block, block, -1), rhs_GKN[group_B])
     inside_B = (first_B >= spans_2G[0, 0]) & (first_B < spans_2G[1, -1])
     out_BMN = jnp.where(inside_B[:, None, None], out_BMN, 0)
     return out_BMN.reshape(rows, -1).astype(lhs_MK.dtype)
@@ -57,24 +45,12 @@ def _in_place(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block:
 
 def _gathered(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block: int) -> jax.Array:
     """The product where the groups have any size."""
-    rows, (begin_G, end_G) = lhs_MK.shape[0], spans_2G
-    blocks_G = -(-(end_G - begin_G) // block)
-    after_G = jnp.cumsum(blocks_G, dtype=jnp.int32)
-    before_G = after_G - blocks_G
-
-    index_B = jnp.arange(rows // block + min(rows, begin_G.shape[0]), dtype=jnp.int32)
-    group_B = _last_before(index_B, after_G)
-    first_B = begin_G[group_B] + (index_B - before_G[group_B]) * block
-    row_BM = first_B[:, None] + jnp.arange(block, dtype=jnp.int32)
-    row_BM = jnp.where(row_BM < end_G[group_B][:, None], row_BM, rows)
-    out_BMN = _product(lhs_MK.at[row_BM].get(mode="fill", fill_value=0), rhs_GKN[group_B])
-
-    row_M = jnp.arange(rows, dtype=jnp.int32)
-    group_M = _last_before(row_M, end_G)
-    place_M = before_G[group_M] * block + row_M - begin_G[group_M]
-    inside_M = (row_M >= begin_G[0]) & (row_M < end_G[-1])
-    out_PN = out_BMN.astype(lhs_MK.dtype).reshape(index_B.shape[0] * block, -1)
-    place_M = jnp.where(inside_M, place_M, out_PN.shape[0])
+    rows = lhs_MK.shape[0]
+    blocks = cut_into_blocks(spans_2G, rows=rows, block=block)
+    lhs_BMK = lhs_MK.at[blocks.row_BM].get(mode="fill", fill_value=0)
+    out_BMN = block_products(lhs_BMK, rhs_GKN[blocks.group_B])
+    out_PN = out_BMN.astype(lhs_MK.dtype).reshape(blocks.row_BM.size, -1)
+    place_M = blocks.place_of(jnp.arange(rows, dtype=jnp.int32))
     return out_PN.at[place_M].get(mode="fill", fill_value=0)
 
 
@@ -91,7 +67,8 @@ def grouped_matmul(
         lhs_MK: rows sorted by group.
         rhs_GKN: one matrix for each group.
         group_sizes_G: int32, multiples of `alignment`; G of them, or more with `group_offset`.
-        alignment: where it divides M and is at least `block_size`, blocks lie in place.
+        alignment: where it divides M and is at least half of `block_size`, blocks lie in place.
+            Half, because M may count the padding up to it.
         group_offset: the group whose matrix is the first; None: 0.
 
     Returns:
@@ -100,7 +77,7 @@ def grouped_matmul(
     rows = lhs_MK.shape[0]
     spans_2G = group_spans(group_sizes_G, rhs_GKN.shape[0], group_offset, rows)
     block = block_size(rows, group_sizes_G.shape[0])
-    if rows % alignment == 0 and alignment >= block:
+    if rows % alignment == 0 and 2 * alignment >= block:
         return _in_place(lhs_MK, rhs_GKN, spans_2G, alignment)
     return _gathered(lhs_MK, rhs_GKN, spans_2G, block)
 

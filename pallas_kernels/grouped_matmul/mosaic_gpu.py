@@ -25,7 +25,6 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     index_M: jax.Array | None = None,
-    copies: int = 1,
     tiles: TileMap | None = None,
     few: bool = False,
     ragged: bool = False,
@@ -41,9 +40,7 @@ def grouped_matmul(
         lhs_MK: bfloat16 rows sorted by group, or with `index_M` rows in any order.
         rhs_GKN: bfloat16, one matrix for each group; [G, N, K] with `transpose_rhs`.
         group_sizes_G: int32, multiples of 128; with `ragged` any numbers, and maybe of more groups.
-        index_M: int32, for each row `copies` times its row of lhs, or less than that more; out of
-            range is a row of zeros.
-        copies: what the index counts for each row.
+        index_M: int32, for each row its row of lhs; out of range is a row of zeros.
         tiles: of the groups; None makes the list.
         few: most tiles hold few rows: only those that `tiles` wants need be written.
         ragged: groups of any size. A number of rows that is no multiple of 8 costs a copy.
@@ -62,11 +59,6 @@ def grouped_matmul(
     contraction = lhs_MK.shape[1]
     rows = lhs_MK.shape[0] if index_M is None else index_M.shape[0]
     columns = rhs_GKN.shape[1 if transpose_rhs else 2]
-    if ragged:
-        spans_2G = group_spans(group_sizes_G, rhs_GKN.shape[0], group_offset, total)
-        tiles = ragged_tile_map(spans_2G, rows)
-    elif tiles is None:
-        tiles = tile_map(group_sizes_G, rows)
     config = config or choose_config(
         columns,
         tiles=rows // ROWS if few else 0,
@@ -108,13 +100,14 @@ def grouped_matmul(
         rhs_slice=rhs_slice,
         transpose_rhs=transpose_rhs,
         gather=index_M is not None,
-        copies=copies,
         config=config,
         out_type=jax.ShapeDtypeStruct((rows, columns), lhs_MK.dtype),
         dtype=lhs_MK.dtype,
     )
-    out_MN = kernel(tiles, index_M, lhs_MK, rhs_GKN)
-    return out_MN[:total] if ragged else out_MN
+    if ragged:
+        spans_2G = group_spans(group_sizes_G, rhs_GKN.shape[0], group_offset, total)
+        return kernel(ragged_tile_map(spans_2G, rows), index_M, lhs_MK, rhs_GKN)[:total]
+    return kernel(tiles or tile_map(group_sizes_G, rows), index_M, lhs_MK, rhs_GKN)
 
 
 def weights_gradient(
@@ -139,7 +132,8 @@ def weights_gradient(
     Args:
         lhs_MK, ct_MN: bfloat16 rows sorted by group; zero in a group's padding.
         group_sizes_G: int32, multiples of `tile_k`; with `ragged` any numbers.
-        index_M: int32, for each row that of the gathered operand, as for `grouped_matmul`.
+        index_M: int32, for each row `copies` times that of the gathered operand, or less than that
+            more; out of range is a row of zeros.
         copies: what the index counts for each row.
         gather: the operand whose rows `index_M` picks, "lhs" or "rhs" (the cotangents); or neither.
         ragged: groups of any size. A number of rows that is no multiple of 8 costs copies.
@@ -158,15 +152,16 @@ def weights_gradient(
     tile_m = 2 * ROWS if gather == "rhs" else ROWS
     widest = 128 if gather == "rhs" else 256
     groups = group_sizes_G.shape[0] if groups is None else groups
+    m, n = lhs_MK.shape[1], ct_MN.shape[1]
     places = max(lhs_MK.shape[0], ct_MN.shape[0])
     config = config or choose_config(
-        ct_MN.shape[1],
+        n,
         widest=widest,
         rows=tile_m,
         band=32,
         reserve_sms=reserve_sms,
         kernel=name,
-        contraction=lhs_MK.shape[1],
+        contraction=m,
         groups=groups,
         assignments=places if assignments is None else assignments,
         flags={
@@ -176,7 +171,6 @@ def weights_gradient(
             "weights": True,
         },
     )
-    m, n = lhs_MK.shape[1], ct_MN.shape[1]
     kernel = weights_kernel(
         name=name,
         groups=groups,

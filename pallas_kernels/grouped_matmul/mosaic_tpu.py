@@ -9,7 +9,6 @@ from jax import numpy as jnp
 
 from pallas_kernels.grouped_matmul.spans import group_spans
 from pallas_kernels.tpu.rows import plain_product
-from pallas_kernels.tpu.tiles import Tiles
 from pallas_kernels.tpu.weights import weights_product
 
 __all__ = ["grouped_matmul", "weights_gradient"]
@@ -22,8 +21,6 @@ def grouped_matmul(
     *,
     transpose_rhs: bool = False,
     group_offset: jax.Array | int | None = None,
-    name: str = "grouped_matmul",
-    tiles: Tiles | None = None,
 ) -> jax.Array:
     """out[m] = lhs[m] @ rhs[group of m].
 
@@ -35,8 +32,6 @@ def grouped_matmul(
             rows.
         transpose_rhs: see `rhs_GKN`.
         group_offset: the group whose matrix is the first; None: 0.
-        name: of the kernel, in profiles.
-        tiles: sizes; None chooses.
 
     Returns:
         [M, N], accumulated in float32; zero in rows of no group that has a matrix.
@@ -47,9 +42,8 @@ def grouped_matmul(
         lhs_MK[None],
         rhs_GKN[:, None],
         spans_2G,
-        name=name,
+        name="grouped_matmul",
         transpose_rhs=transpose_rhs,
-        tiles=tiles,
     )
     index_M = jnp.arange(rows, dtype=jnp.int32)
     inside_M = (spans_2G[0, 0] <= index_M) & (index_M < spans_2G[1, -1])
@@ -63,9 +57,7 @@ def weights_gradient(
     *,
     groups: int | None = None,
     group_offset: jax.Array | int | None = None,
-    name: str = "weights_gradient",
-    dtype: Any = None,
-    tiles: Tiles | None = None,
+    dtype: Any,
 ) -> jax.Array:
     """lhs[rows of g]ᵀ @ ct[rows of g]; zero for empty groups.
 
@@ -74,15 +66,12 @@ def weights_gradient(
         ct_MN: cotangents, same dtype. K and N are multiples of 128.
         group_sizes_G: int32, any sizes.
         groups, group_offset: how many groups have a matrix, and the first of them; None: all.
-        name: of the kernel, in profiles.
-        dtype: of the result; None takes lhs's.
-        tiles: sizes; None chooses.
+        dtype: of the result.
 
     Returns:
         [G, K, N], accumulated in float32.
     """
-    dtype = dtype or lhs_MK.dtype
     groups = group_sizes_G.shape[0] if groups is None else groups
     spans_2G = group_spans(group_sizes_G, groups, group_offset, lhs_MK.shape[0])
-    out = weights_product(lhs_MK, ct_MN[None], spans_2G, name=name, dtype=dtype, tiles=tiles)
+    out = weights_product(lhs_MK, ct_MN[None], spans_2G, name="weights_gradient", dtype=dtype)
     return out[:, 0]

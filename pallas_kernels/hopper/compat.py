@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
 
@@ -12,12 +10,15 @@ import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.interpreting import interpreted, is_interpreted
+
 __all__ = [
     "COMPILER_PARAMS",
     "hopper_refusal",
     "interpret_mode",
     "interpreted",
     "load_rows",
+    "most_blocks_of_a_cluster",
     "named_kernel",
     "sm_count",
     "transposed",
@@ -35,28 +36,21 @@ that its relative error grows to about |x|·2⁻²⁴.
 H100_SMS = 132
 INTERPRETED_SMS = 2
 
-_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced inside run in Pallas's interpreter, on a CPU."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
-
 
 def interpret_mode() -> Any:
     """The `interpret` argument of `plgpu.kernel`: None outside of `interpreted`."""
-    if not _interpreted.get():
+    if not is_interpreted():
         return None
     if hasattr(plgpu, "InterpretParams"):
         return plgpu.InterpretParams()
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # before 0.11
 
     return InterpretGPUParams()
+
+
+def most_blocks_of_a_cluster() -> int:
+    """One where the interpreter has no clusters, before 0.11; two otherwise."""
+    return 1 if is_interpreted() and not hasattr(plgpu, "InterpretParams") else 2
 
 
 def named_kernel(body: Callable[..., None], name: str, **options: Any) -> Callable[..., Any]:
@@ -105,6 +99,6 @@ def hopper_refusal(dtype: Any, *, forced: bool) -> str | None:
 
 def sm_count() -> int:
     """Streaming multiprocessors of the default device; an H100's where there is none."""
-    if _interpreted.get():
+    if is_interpreted():
         return INTERPRETED_SMS
     return int(getattr(jax.devices()[0], "core_count", None) or H100_SMS)

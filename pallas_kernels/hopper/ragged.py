@@ -8,6 +8,7 @@ mix rows, so only storing must leave the neighbours' alone; sums over rows need 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,19 +18,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.compat import interpret_mode
-from pallas_kernels.hopper.tiles import HALF, ROWS, STRIP, TileMap, swizzled
+from pallas_kernels.hopper.tiles import EIGHT, HALF, ROWS, STRIP, swizzled
 
 __all__ = [
-    "EIGHT",
+    "RaggedTileMap",
     "padded_rows",
     "ragged_tile_map",
     "store_part_strips",
     "zero_outside",
 ]
 
-EIGHT = 8  # rows of a tile of shared memory
 THREADS = 128
 CHUNK = 16  # bytes that a thread moves at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RaggedTileMap:
+    """What the tiles hold where groups have any size; as `TileMap` where they are whole tiles.
+
+    group: int32 [tiles], −1 for a tile that is to be zero.
+    rows: int32 [tiles, 3], a tile's first row in eights, for the compiler must know that it is a
+        multiple, the first row of its group, and the row after the group's last.
+    count: int32 [1], the number of tiles.
+    """
+
+    group: jax.Array
+    rows: jax.Array
+    count: jax.Array
 
 
 def padded_rows(rows_MN: jax.Array) -> jax.Array:
@@ -37,18 +53,13 @@ def padded_rows(rows_MN: jax.Array) -> jax.Array:
     return jnp.pad(rows_MN, ((0, -rows_MN.shape[0] % EIGHT), (0, 0)))
 
 
-def ragged_tile_map(spans_2G: jax.Array, rows: int) -> TileMap:
+def ragged_tile_map(spans_2G: jax.Array, rows: int) -> RaggedTileMap:
     """Makes the list of tiles of groups of any size, and of the rows that none of them has.
 
     Args:
         spans_2G: int32, the first row of each group and the row after its last; each begins where
             the one before ends.
         rows: M.
-
-    Returns:
-        group: −1 for a tile that is to be zero. rows: int32 [tiles, 3], a tile's first row in
-        eights, for the compiler must know that it is a multiple, the first row of its group, and
-        the row after the group's last.
     """
     (begin_G, end_G), groups = spans_2G, spans_2G.shape[1]
     # Before the groups and after them there may be rows of other groups, or of none.
@@ -62,7 +73,7 @@ def ragged_tile_map(spans_2G: jax.Array, rows: int) -> TileMap:
     part = jnp.minimum(part, groups + 1)
     row = first[part] + (index - (after - tiles)[part]) * (ROWS // EIGHT)
     group = jnp.where(part <= groups, part - 1, -1)
-    return TileMap(group, jnp.stack([row, begin[part], end[part]], axis=1), after[-1:])
+    return RaggedTileMap(group, jnp.stack([row, begin[part], end[part]], axis=1), after[-1:])
 
 
 def most_tiles(rows: int, groups: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jax import lax
@@ -21,30 +22,50 @@ from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import finish_gathers
 from pallas_kernels.hopper.tiles import COMPUTE
 
-__all__ = ["Ring", "ring_barriers", "ring_kernel"]
+__all__ = ["CLUSTER", "Ring", "ring_barriers", "ring_kernel"]
 
+CLUSTER = "cluster"  # axis of a cluster's blocks
 LOAD_REGISTERS, COMPUTE_REGISTERS = 56, 224  # of a thread; 2 · 224 + 56 fit in an SM's 64 k
 
 
 def ring_barriers(config: RowsConfig, *, arrivals: int) -> dict[str, Any]:
-    """The barriers of a ring by name, as scratch; `arrivals` fill a stage."""
+    """The barriers of a ring by name, as scratch; `arrivals` fill a stage.
+
+    In a cluster a stage is empty when it is in all blocks, for each writes to the others' stages.
+    """
+    empty: Any = plgpu.Barrier
+    if config.cluster > 1:
+        empty = partial(plgpu.ClusterBarrier, collective_axes=(CLUSTER,))
     return {
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
-        "empty": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages),
+        "empty": empty(num_arrivals=COMPUTE, num_barriers=config.stages),
     }
 
 
 def ring_kernel(
-    body: Callable[..., None], name: str, *, out_type: Any, scratch: dict[str, Any], sms: int
+    body: Callable[..., None],
+    name: str,
+    *,
+    out_type: Any,
+    scratch: dict[str, Any],
+    config: RowsConfig,
 ) -> Callable[..., Any]:
-    """A kernel of one block an SM: `COMPUTE` multiplying warpgroups and a loading one."""
+    """A kernel of one block an SM: `COMPUTE` multiplying warpgroups and a loading one.
+
+    Its axes are `sm`, which counts clusters, `CLUSTER` where those have two blocks, and
+    `warpgroup`.
+    """
+    clusters: dict[str, Any] = {}
+    if config.cluster > 1:
+        clusters = {"cluster": (config.cluster,), "cluster_names": (CLUSTER,)}
     return named_kernel(
         body,
         name,
         out_type=out_type,
         scratch_types=[scratch],
-        grid=(sms,),
+        grid=(config.clusters,),
         grid_names=("sm",),
+        **clusters,
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,

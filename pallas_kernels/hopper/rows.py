@@ -21,9 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import optional_index, start_gather
-from pallas_kernels.hopper.ragged import EIGHT
-from pallas_kernels.hopper.ring import Ring, ring_barriers, ring_kernel
+from pallas_kernels.hopper.ragged import RaggedTileMap
+from pallas_kernels.hopper.ring import CLUSTER, Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
+    EIGHT,
     HALF,
     ROWS,
     TileMap,
@@ -84,12 +85,15 @@ def rows_kernel(
         out_type: of the outputs.
         dtype: of the operands.
         short: most tiles want few rows: others are not loaded and not stored.
-        ragged: the tiles are of `ragged_tile_map`.
+        ragged: the kernel takes a `RaggedTileMap`.
         copies: what the index counts for each row.
     """
     if ragged and (gather or short):
         raise ValueError("rows of groups of any size lie in order, and all of them are wanted")
+    if config.cluster > 1 and (ragged or short):
+        raise ValueError("clusters share what tiles of many rows, in whole tiles, multiply with")
     part_n, tile_k, stages = config.tile_n // parts, config.tile_k, config.stages
+    cluster = config.cluster
     rhs_shape = (part_n, tile_k) if transpose_rhs else (tile_k, part_n)
 
     def body(tile_group, tile_rows, num_tiles, index, lhs, rhs, *refs_and_scratch):
@@ -99,7 +103,8 @@ def rows_kernel(
         sm = lax.axis_index("sm")
         warpgroup = lax.axis_index("warpgroup")
         tiles_m = num_tiles[0]
-        mine = lax.div(tiles_m * n_tiles - sm + (config.sms - 1), config.sms)
+        units = lax.div(tiles_m + (cluster - 1), cluster)  # of the rows of a cluster's tiles
+        mine = lax.div(units * n_tiles - sm + (config.clusters - 1), config.clusters)
 
         def first_row(m):
             return tile_rows[m, 0] * EIGHT if ragged else m * ROWS
@@ -119,7 +124,29 @@ def rows_kernel(
                 load_first(ROWS)
 
         def place(i):
-            return place_in_bands(sm + i * config.sms, tiles_m, n_tiles, config.band)
+            """Row and column of this block's i-th tile; the last may be both blocks'."""
+            height = max(1, config.band // cluster)
+            unit, n = place_in_bands(sm + i * config.clusters, units, n_tiles, height)
+            if cluster == 1:
+                return unit, n
+            return jnp.minimum(unit * cluster + lax.axis_index(CLUSTER), tiles_m - 1), n
+
+        def same_group(m):
+            """Whether a cluster's blocks multiply with the same matrix."""
+            first = m - lax.rem(m, cluster)
+            return tile_group[first] == tile_group[jnp.minimum(first + 1, tiles_m - 1)]
+
+        def load_columns(source, target, barrier, together):
+            """A part of the matrix: each block for itself, or half of it for both."""
+            if cluster == 1:
+                plgpu.copy_gmem_to_smem(source, target, barrier)
+                return
+            pl.when(together)(
+                partial(plgpu.copy_gmem_to_smem, source, target, barrier, collective_axes=CLUSTER)
+            )
+            pl.when(jnp.logical_not(together))(
+                partial(plgpu.copy_gmem_to_smem, source, target, barrier)
+            )
 
         def steps_of(group):
             """A tile of rows that no group has is zero without a step."""
@@ -131,12 +158,13 @@ def rows_kernel(
                 m, n = place(i)
                 group = tile_group[m]
                 steps = steps_of(group)
+                together = same_group(m) if cluster > 1 else None
 
                 def step(k, _):
                     slot, full = ring.begin_loading((done if ragged else i * k_steps) + k)
                     for part in range(parts):
                         source = rhs_slice(rhs, group, part, n, k)
-                        plgpu.copy_gmem_to_smem(source, rhs_smem.at[slot, part], full)
+                        load_columns(source, rhs_smem.at[slot, part], full, together)
                     wanted = tile_rows[m] if short else None
                     load_rows(m, wanted, k, lhs_smem.at[slot], full)
 
@@ -186,9 +214,9 @@ def rows_kernel(
         **ring_barriers(config, arrivals=parts + 1),
         **epilogue.scratch,
     }
-    kernel = ring_kernel(body, name, out_type=out_type, scratch=scratch, sms=config.sms)
+    kernel = ring_kernel(body, name, out_type=out_type, scratch=scratch, config=config)
 
-    def call(tiles: TileMap, index: jax.Array | None, *arrays: jax.Array) -> Any:
+    def call(tiles: TileMap | RaggedTileMap, index: jax.Array | None, *arrays: jax.Array) -> Any:
         return kernel(tiles.group, tiles.rows, tiles.count, optional_index(index), *arrays)
 
     return call

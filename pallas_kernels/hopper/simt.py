@@ -1,4 +1,4 @@
-"""Programs of single threads inside a Pallas kernel: warps that shuffle, match and reduce.
+"""Programs of single threads inside a Pallas kernel: warps that shuffle and reduce.
 
 For work on indices, where a thread's own loads and stores are what matters. A program is a function
 of a `Machine` and of references to 32-bit words; it has no branches: loads and stores are
@@ -28,6 +28,8 @@ RUBBISH = -559038737  # what memory holds before it is written: 0xDEADBEEF
 class Machine(Protocol):
     """What a thread knows and can do. Words are int32; comparisons give predicates.
 
+    The operations that begin with `float` take a word's bits for a float32.
+
     thread, lane, warp: of the block; the lane within its warp.
     """
 
@@ -41,14 +43,20 @@ class Machine(Protocol):
     def store(self, ref: Any, index: Any, value: Any, where: Any = None) -> None:
         """ref[index] = value where the predicate holds; at most one thread for each index."""
 
-    def fill(self, ref: Any, size: int, value: int, threads: int) -> None:
-        """The block's threads store a constant to ref[:size], a multiple of 4 words."""
+    def load_four(self, ref: Any, index: Any, where: Any) -> list[Any]:
+        """ref[index : index + 4], 0 where the predicate is false; index a multiple of 4.
+
+        Of an input, which lies in global memory and is never written.
+        """
+
+    def store_four(self, ref: Any, index: Any, words: Sequence[Any], where: Any) -> None:
+        """ref[index : index + 4] = words where the predicate holds; index a multiple of 4."""
+
+    def set_bits(self, ref: Any, index: Any, bits: Any, where: Any) -> None:
+        """ref[index] |= bits where the predicate holds, at once; ref in shared memory."""
 
     def select(self, where: Any, a: Any, b: Any) -> Any:
         """A or b, words or constants."""
-
-    def match(self, word: Any) -> Any:
-        """The mask of the warp's lanes that hold the same word."""
 
     def largest(self, word: Any) -> Any:
         """Of the warp, signed."""
@@ -59,14 +67,32 @@ class Machine(Protocol):
     def shift_up(self, word: Any, distance: int) -> Any:
         """The word of the lane `distance` below; undefined in the first lanes."""
 
+    def exchange(self, word: Any, distance: int) -> Any:
+        """The word of the lane whose number differs in the bit `distance`."""
+
     def count_bits(self, word: Any) -> Any:
         """Ones of a word."""
 
-    def lanes_below(self) -> Any:
-        """The mask of this warp's lanes before this one."""
+    def unpack(self, word: Any) -> tuple[Any, Any]:
+        """The two bfloat16 numbers in a word as float32, the lower half first."""
 
-    def wait_for_warp(self) -> None:
-        """What the warp's lanes stored is seen by them."""
+    def pack(self, low: Any, high: Any) -> Any:
+        """Two float32 numbers, rounded to nearest bfloat16, as a word."""
+
+    def float_add(self, a: Any, b: Any) -> Any:
+        """A + b, rounded to nearest."""
+
+    def float_sub(self, a: Any, b: Any) -> Any:
+        """A − b, rounded to nearest."""
+
+    def float_mul(self, a: Any, b: Any) -> Any:
+        """A · b, rounded to nearest."""
+
+    def float_div(self, a: Any, b: Any) -> Any:
+        """A / b, rounded to nearest."""
+
+    def float_exp(self, a: Any) -> Any:
+        """eᵃ to 4 units in the last place, 0 where it is no normal number; a below 88."""
 
     def wait_for_block(self) -> None:
         """What the block's threads stored is seen by them."""
@@ -97,18 +123,23 @@ class _Emulated:
         assert np.unique(at).size == at.size, "two threads write the same word"
         ref[at] = np.broadcast_to(value, self.thread.shape)[mask]
 
-    def fill(self, ref: np.ndarray, size: int, value: int, threads: int) -> None:
-        assert size % 4 == 0 and size <= ref.size and threads == self.thread.size
-        ref[:size] = value
+    def load_four(self, ref: np.ndarray, index: Any, where: Any) -> list[np.ndarray]:
+        assert not (np.where(where, index, 0) % 4).any(), "not aligned"
+        return [self.load(ref, index + word, where) for word in range(4)]
+
+    def store_four(self, ref: np.ndarray, index: Any, words: Sequence[Any], where: Any) -> None:
+        assert not (np.where(where, index, 0) % 4).any(), "not aligned"
+        for i, word in enumerate(words):
+            self.store(ref, index + i, word, where)
+
+    def set_bits(self, ref: np.ndarray, index: Any, bits: Any, where: Any) -> None:
+        mask = self._mask(where)
+        at = np.broadcast_to(index, self.thread.shape)[mask]
+        assert ((at >= 0) & (at < ref.size)).all(), "write out of bounds"
+        np.bitwise_or.at(ref, at, np.broadcast_to(bits, self.thread.shape)[mask])
 
     def select(self, where: Any, a: Any, b: Any) -> np.ndarray:
         return np.where(where, np.int32(a), np.int32(b))
-
-    def match(self, word: Any) -> np.ndarray:
-        words = self._warps(word)
-        same = words[:, :, None] == words[:, None, :]
-        masks = np.sum(same << np.arange(LANES, dtype=np.uint64), axis=2, dtype=np.uint64)
-        return masks.astype(np.uint32).view(np.int32).reshape(-1)
 
     def largest(self, word: Any) -> np.ndarray:
         return np.repeat(self._warps(word).max(axis=1), LANES)
@@ -122,15 +153,39 @@ class _Emulated:
         words[:, :distance] = -(2**30)
         return words.reshape(-1)
 
+    def exchange(self, word: Any, distance: int) -> np.ndarray:
+        return self._warps(word)[:, np.arange(LANES) ^ distance].reshape(-1)
+
     def count_bits(self, word: Any) -> np.ndarray:
         bits = np.unpackbits(self._warps(word).copy().view(np.uint8), axis=1)
         return bits.reshape(-1, LANES).sum(axis=1).astype(np.int32)
 
-    def lanes_below(self) -> np.ndarray:
-        return ((np.uint64(1) << self.lane.astype(np.uint64)) - 1).astype(np.uint32).view(np.int32)
+    def unpack(self, word: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return word << 16, word & -(2**16)
 
-    def wait_for_warp(self) -> None:
-        pass
+    def pack(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            halves = [word.view(np.float32).astype(jnp.bfloat16) for word in (low, high)]
+        return np.stack(halves, axis=1).view(np.int32)[:, 0]
+
+    def _floats(self, operation: Callable[..., np.ndarray], *words: Any) -> np.ndarray:
+        with np.errstate(all="ignore"):
+            return operation(*(word.view(np.float32) for word in words)).view(np.int32)
+
+    def float_add(self, a: Any, b: Any) -> np.ndarray:
+        return self._floats(np.add, a, b)
+
+    def float_sub(self, a: Any, b: Any) -> np.ndarray:
+        return self._floats(np.subtract, a, b)
+
+    def float_mul(self, a: Any, b: Any) -> np.ndarray:
+        return self._floats(np.multiply, a, b)
+
+    def float_div(self, a: Any, b: Any) -> np.ndarray:
+        return self._floats(np.divide, a, b)
+
+    def float_exp(self, a: Any) -> np.ndarray:
+        return self._floats(np.exp, a)
 
     def wait_for_block(self) -> None:
         pass
@@ -150,7 +205,8 @@ def emulate(
         AssertionError: a thread reads or writes out of bounds, or two write the same word.
     """
     words = [np.array(array).view(np.int32) for array in inputs]
-    outputs = [np.full(out.shape, RUBBISH, np.int32) for out in out_type]
+    sizes = [out.size * out.dtype.itemsize // 4 for out in out_type]
+    outputs = [np.full(size, RUBBISH, np.int32) for size in sizes]
     for block in range(blocks):
         room = [np.full(size, RUBBISH, np.int32) for size in scratch]
         program(_Emulated(threads), *words, *outputs, *room, np.int32(block))
@@ -166,6 +222,7 @@ def launch(
     inputs: Sequence[jax.Array],
     out_type: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[int] = (),
+    cluster: int = 1,
 ) -> list[jax.Array]:
     """Runs a program as a kernel; inside of `compat.interpreted` in numpy.
 
@@ -174,11 +231,14 @@ def launch(
         name: of the kernel, in profiles.
         blocks: that run side by side.
         threads: of a block, a multiple of 128.
-        inputs: flat arrays of 32-bit words.
-        out_type: flat arrays of 32-bit words.
+        inputs: flat arrays; the program sees their bytes as 32-bit words.
+        out_type: flat arrays, likewise.
         scratch: words of a block's shared memory, for each of its arrays.
+        cluster: blocks that follow each other and reach one another's shared memory, which numpy
+            cannot run.
     """
     if interpret_mode() is not None:
+        assert cluster == 1
 
         def run(*inputs: Any) -> list[np.ndarray]:
             return emulate(program, blocks, threads, inputs, out_type, scratch)
@@ -195,15 +255,20 @@ def launch(
             *arrays, block = operands
             program(Compiled(), *arrays, Word(block.registers.item()))
 
-        emit(*arrays, lax.axis_index("block"))
+        block = lax.axis_index("block")
+        if cluster > 1:
+            block = block * cluster + lax.axis_index("member")
+        emit(*arrays, block)
 
+    members = {"cluster": (cluster,), "cluster_names": ("member",)} if cluster > 1 else {}
     kernel = named_kernel(
         body,
         name,
         out_type=list(out_type),
         scratch_types=[[plgpu.SMEM((size,), jnp.int32) for size in scratch]],
-        grid=(blocks,),
+        grid=(blocks // cluster,),
         grid_names=("block",),
+        **members,
         num_threads=threads // 128,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,

@@ -4,14 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-__all__ = ["Compiled", "Word"]
+__all__ = ["LANES", "Compiled", "Word", "assembly"]
 
 LANES = 32
 ALL = 0xFFFFFFFF
+SHARED = 3  # the address space
+
+LOG2_E = 1.4426950408889634
+LOG2_E_REST = 1.92596298909109e-08  # what float32 leaves of it
+LN_2 = 0.6931471805599453
+LEAST = -128.0  # its exponential is 0 in float32
 
 
 class Word:
@@ -43,6 +49,9 @@ class Word:
     def __mod__(self, other: Any) -> Word:
         """Of words that are not negative."""
         return self._apply(_arith().remui, other)
+
+    def __rlshift__(self, other: int) -> Word:
+        return self._apply(_arith().shli, other, swap=True)
 
     def __and__(self, other: Any) -> Word:
         return self._apply(_arith().andi, other)
@@ -76,6 +85,12 @@ def _i32() -> Any:
     from jaxlib.mlir import ir
 
     return ir.IntegerType.get_signless(32)
+
+
+def _f32() -> Any:
+    from jaxlib.mlir import ir
+
+    return ir.F32Type.get()
 
 
 def _as_value(word: Any, type_: Any = None) -> Any:
@@ -119,16 +134,49 @@ class Compiled:
         with utils.when(where.value):
             store()
 
-    def fill(self, ref: Any, size: int, value: int, threads: int) -> None:
+    def load_four(self, ref: Any, index: Any, where: Any) -> list[Word]:
         from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
 
-        four = ir.VectorType.get((4,), _i32())
-        word = ir.IntegerAttr.get(_i32(), value)
-        values = _arith().constant(four, ir.DenseElementsAttr.get_splat(four, word))
-        for first in range(0, size // 4, threads):
-            at = self.thread + first
-            where = True if first + threads <= size // 4 else at < size // 4
-            self._when(where, partial(self._store_words, ref, at * 4, values))
+        address = self.integer_address(ref, self.select(where, index, 0))
+        loaded = assembly(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
+            address,
+        )
+        words = [Word(llvm.extractvalue(_i32(), loaded, [i])) for i in range(4)]
+        return [self.select(where, word, 0) for word in words]
+
+    def store_four(self, ref: Any, index: Any, words: Sequence[Any], where: Any) -> None:
+        def store() -> None:
+            address = self.integer_address(ref, index)
+            space, kind = ("shared", "r") if address.type == _i32() else ("global", "l")
+            assembly(
+                f"st.{space}.v4.b32 [$0], {{$1, $2, $3, $4}};",
+                f"{kind},r,r,r,r",
+                None,
+                address,
+                *(_as_value(word) for word in words),
+            )
+
+        self._when(where, store)
+
+    def set_bits(self, ref: Any, index: Any, bits: Any, where: Any) -> None:
+        def update() -> None:
+            address = self.integer_address(ref, index)
+            assembly("red.shared.or.b32 [$0], $1;", "r,r", None, address, _as_value(bits))
+
+        self._when(where, update)
+
+    def integer_address(self, ref: Any, index: Any) -> Any:
+        """Of 32 bits in shared memory, of 64 in global memory."""
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        pointer = self._address(ref, index)
+        shared = llvm.PointerType(pointer.type).address_space == SHARED
+        return llvm.ptrtoint(_i32() if shared else ir.IntegerType.get_signless(64), pointer)
 
     def _store_words(self, ref: Any, index: Any, words: Any) -> None:
         from jaxlib.mlir.dialects import llvm
@@ -137,23 +185,6 @@ class Compiled:
 
     def select(self, where: Any, a: Any, b: Any) -> Word:
         return Word(_arith().select(where.value, _as_value(a), _as_value(b)))
-
-    def match(self, word: Any) -> Word:
-        # Not nvvm.match_sync, whose kind is lost when the kernel is serialized (jax 0.11).
-        from jaxlib.mlir.dialects import llvm
-
-        together: dict[str, Any] = (
-            {"convergent": True} if hasattr(llvm.InlineAsmOp, "convergent") else {}
-        )
-        mask = llvm.inline_asm(
-            _i32(),
-            [word.value],
-            "match.any.sync.b32 $0, $1, 0xffffffff;",
-            "=r,r",
-            has_side_effects=True,
-            **together,
-        )
-        return Word(mask)
 
     def _reduce(self, word: Any, kind: str) -> Word:
         from jaxlib.mlir.dialects import nvvm
@@ -167,26 +198,82 @@ class Compiled:
         return self._reduce(word, "MIN")
 
     def shift_up(self, word: Any, distance: int) -> Word:
+        return self._shuffle(word, distance, "up", 0)
+
+    def exchange(self, word: Any, distance: int) -> Word:
+        return self._shuffle(word, distance, "bfly", LANES - 1)
+
+    def _shuffle(self, word: Any, distance: int, kind: str, bound: int) -> Word:
         from jaxlib.mlir.dialects import nvvm
 
-        operands = (_as_value(ALL), word.value, _as_value(distance), _as_value(0))
-        return Word(nvvm.shfl_sync(*operands, nvvm.ShflKind.up))
+        operands = (_as_value(ALL), word.value, _as_value(distance), _as_value(bound))
+        return Word(nvvm.shfl_sync(*operands, getattr(nvvm.ShflKind, kind)))
 
     def count_bits(self, word: Any) -> Word:
         from jaxlib.mlir.dialects import math
 
         return Word(math.ctpop(word.value))
 
-    def lanes_below(self) -> Word:
-        shifted = _arith().shli(_as_value(1), self.lane.value)
-        return Word(shifted) - 1
+    def unpack(self, word: Any) -> tuple[Word, Word]:
+        return word * 2**16, word & -(2**16)
 
-    def wait_for_warp(self) -> None:
-        from jaxlib.mlir.dialects import nvvm
+    def pack(self, low: Any, high: Any) -> Word:
+        operands = [_arith().bitcast(_f32(), word.value) for word in (high, low)]
+        return Word(assembly("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", _i32(), *operands))
 
-        nvvm.bar_warp_sync(_as_value(ALL))
+    def _floats(self, operation: Callable[..., Any], *words: Any) -> Word:
+        values = [_arith().bitcast(_f32(), _as_value(word)) for word in words]
+        return Word(_arith().bitcast(_i32(), operation(*values)))
+
+    def float_add(self, a: Any, b: Any) -> Word:
+        return self._floats(_arith().addf, a, b)
+
+    def float_sub(self, a: Any, b: Any) -> Word:
+        return self._floats(_arith().subf, a, b)
+
+    def float_mul(self, a: Any, b: Any) -> Word:
+        return self._floats(_arith().mulf, a, b)
+
+    def float_div(self, a: Any, b: Any) -> Word:
+        return self._floats(_arith().divf, a, b)
+
+    def float_exp(self, a: Any) -> Word:
+        return self._floats(_exp, a)
 
     def wait_for_block(self) -> None:
         from jaxlib.mlir.dialects import nvvm
 
         nvvm.barrier()
+
+
+def _exp(x: Any) -> Any:
+    """2 to the power of x·log₂e, corrected by what rounding the product lost."""
+    from jax.experimental.mosaic.gpu import utils
+
+    log2_e, log2_e_rest, ln_2, least = (
+        utils.c(value, _f32()) for value in (LOG2_E, LOG2_E_REST, LN_2, LEAST)
+    )
+    multiply_add = partial(assembly, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", _f32())
+    # Not -inf, whose rest would be NaN.
+    x = assembly("max.NaN.f32 $0, $1, $2;", "=f,f,f", _f32(), x, least)
+    product = _arith().mulf(x, log2_e)
+    rest = multiply_add(x, log2_e, _arith().negf(product))
+    rest = multiply_add(x, log2_e_rest, rest)
+    power = assembly("ex2.approx.ftz.f32 $0, $1;", "=f,f", _f32(), product)
+    return multiply_add(power, _arith().mulf(rest, ln_2), power)
+
+
+def assembly(
+    instruction: str, constraints: str, result: Any, *operands: Any, ordered: bool = False
+) -> Any:
+    """An instruction. It keeps its place among the ordered ones; without a result it is ordered."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    return llvm.inline_asm(
+        ir.Type.parse("!llvm.void") if result is None else result,
+        list(operands),
+        instruction,
+        constraints,
+        has_side_effects=ordered or result is None,
+    )

@@ -15,14 +15,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 __all__ = [
     "COMPUTE",
+    "EIGHT",
     "FEW",
     "HALF",
     "ROWS",
     "STRIP",
     "TileMap",
     "enough_of",
+    "kept_rows",
+    "most_kept_rows",
     "out_scratch",
     "place_in_bands",
+    "store_first_strips",
     "store_strips",
     "swizzled",
     "tile_map",
@@ -31,6 +35,7 @@ __all__ = [
 COMPUTE = 2  # warpgroups that multiply; one more loads
 HALF = 64  # rows of a tile for each of them
 ROWS = COMPUTE * HALF  # rows of a tile
+EIGHT = 8  # rows of a tile of shared memory
 STRIP = 64  # columns that are stored at a time
 FEW = (16, 32, 64)  # rows of a tile that are moved where no more are wanted
 
@@ -68,6 +73,21 @@ def tile_map(group_sizes_G: jax.Array, places: int, wanted_A: jax.Array | None =
         rows = jnp.sum(wanted_A.reshape(tiles, ROWS), axis=1, dtype=jnp.int32)
     count = jnp.minimum(ends_G[-1:], tiles)  # whatever the sizes say, the lists end there
     return TileMap(group, rows, count.astype(jnp.int32))
+
+
+def kept_rows(tiles: TileMap) -> jax.Array:
+    """Where the wanted rows of each tile are kept, without the padding: int32 [tiles], in eights.
+
+    Shared memory is tiled by 8 rows, so that copies begin and end at multiples of 8.
+    """
+    eights = -(-tiles.rows // EIGHT)
+    return jnp.cumsum(eights, dtype=jnp.int32) - eights
+
+
+def most_kept_rows(assignments: int, groups: int) -> int:
+    """Room for all of them, those of each group padded to a multiple of 8."""
+    padded = assignments + min(groups, assignments) * (EIGHT - 1)
+    return -(-padded // EIGHT) * EIGHT
 
 
 def place_in_bands(index: Any, rows: Any, columns: int, height: int) -> tuple[Any, Any]:
@@ -141,3 +161,40 @@ def store_strips(
             store(HALF)
         else:
             pl.when(wanted > 0)(partial(enough_of, wanted, HALF, store))
+
+
+def store_first_strips(
+    values: Any, out: Any, out_smem: Any, warpgroup: Any, row: Any, column: Any, wanted: Any
+) -> None:
+    """As `store_strips`, and no other rows than those wanted, up to a multiple of 8.
+
+    Args:
+        values, out, out_smem, warpgroup, row, column: as there; `row` a multiple of 8.
+        wanted: rows, the first ones; maybe none.
+    """
+    strips = values.shape[1] // STRIP
+    eights = lax.div(jnp.clip(wanted, 0, HALF) + (EIGHT - 1), EIGHT)
+    for strip in range(strips):
+        along = slice(strip * STRIP, (strip + 1) * STRIP)
+        buffer = out_smem.at[warpgroup, strip % 2]
+        pending = 0 if strip == 0 and strips % 2 else 1  # as in `store_strips`
+        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+        buffer[...] = values[:, along]
+        plgpu.commit_smem()
+        columns = pl.ds(column + strip * STRIP, STRIP)
+
+        def store(first: Any, count: int, buffer: Any = buffer, columns: Any = columns) -> None:
+            source = buffer.at[pl.ds(first, count)]
+            plgpu.copy_smem_to_gmem(source, out.at[pl.ds(row + first, count), columns])
+
+        @pl.when(eights == HALF // EIGHT)
+        def store_all(store: Any = store) -> None:
+            store(0, HALF)
+
+        @pl.when(eights < HALF // EIGHT)
+        def store_some(store: Any = store) -> None:
+            for size in (32, 16, 8):  # the bits of a number below 8
+                bit = size // EIGHT
+                first = lax.div(eights, 2 * bit) * (2 * bit) * EIGHT
+                pl.when(lax.rem(lax.div(eights, bit), 2) == 1)(partial(store, first, size))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of how many, the next need not know

@@ -20,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import optional_index, start_gather
-from pallas_kernels.hopper.ragged import EIGHT, zero_outside
-from pallas_kernels.hopper.ring import Ring, ring_barriers, ring_kernel
+from pallas_kernels.hopper.ragged import zero_outside
+from pallas_kernels.hopper.ring import CLUSTER, Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
     COMPUTE,
+    EIGHT,
     HALF,
     out_scratch,
     place_in_bands,
@@ -70,7 +71,13 @@ def weights_kernel(
         raise ValueError("rows of groups of any size lie in order")
     tile_n, tile_k, stages = config.tile_n, config.tile_k, config.stages
     share = tile_m // COMPUTE  # rows of a warpgroup
-    tiles = groups * m_tiles * n_tiles
+    # A cluster's blocks have tiles beside each other, and what these share comes by TMA.
+    cluster, shared = config.cluster, "lhs" if gather == "rhs" else "rhs"
+    m_units = m_tiles // (1 if shared == "lhs" else cluster)
+    n_units = n_tiles // (cluster if shared == "lhs" else 1)
+    units = groups * m_units * n_units
+    if units * cluster != groups * m_tiles * n_tiles:
+        raise ValueError(f"{m_tiles} × {n_tiles} tiles cannot be shared out to pairs of blocks")
 
     def body(first_step, index, lhs, rhs, out, scratch):
         lhs_smem, rhs_smem, out_smem = (
@@ -79,14 +86,19 @@ def weights_kernel(
         ring = Ring(config, bool(gather), scratch["full"], scratch["empty"])
         sm = lax.axis_index("sm")
         warpgroup = lax.axis_index("warpgroup")
-        mine = lax.div(tiles - sm + (config.sms - 1), config.sms)
+        mine = lax.div(units - sm + (config.clusters - 1), config.clusters)
 
         def place(i):
             """Group, tile row and tile column of this block's i-th."""
-            at = sm + i * config.sms
-            group = lax.div(at, m_tiles * n_tiles)
-            rest = at - group * (m_tiles * n_tiles)
-            return group, *place_in_bands(rest, m_tiles, n_tiles, config.band)
+            at = sm + i * config.clusters
+            group = lax.div(at, m_units * n_units)
+            rest = at - group * (m_units * n_units)
+            height = max(1, config.band * m_units // m_tiles)
+            m, n = place_in_bands(rest, m_units, n_units, height)
+            if cluster > 1:
+                rank = lax.axis_index(CLUSTER)
+                m, n = (m, n * cluster + rank) if shared == "lhs" else (m * cluster + rank, n)
+            return group, m, n
 
         def span(group):
             """First row that is loaded, first row, row after the last, and steps of a group.
@@ -104,7 +116,8 @@ def weights_kernel(
                 return
             rows = pl.ds(step if ragged else step * tile_k, tile_k)
             source = ref.at[rows, pl.ds(column, target.shape[1])]
-            plgpu.copy_gmem_to_smem(source, target, barrier)
+            axes = CLUSTER if cluster > 1 and operand == shared else None
+            plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=axes)
 
         @ring.load
         def load():
@@ -171,7 +184,7 @@ def weights_kernel(
         "out_smem": out_scratch(out_type.dtype),
         **ring_barriers(config, arrivals=2),
     }
-    kernel = ring_kernel(body, name, out_type=out_type, scratch=scratch, sms=config.sms)
+    kernel = ring_kernel(body, name, out_type=out_type, scratch=scratch, config=config)
 
     def call(first_step: jax.Array, index: jax.Array | None, *arrays: jax.Array) -> Any:
         return kernel(first_step, optional_index(index), *arrays)

@@ -22,7 +22,7 @@ from pallas_kernels import backends
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.fused_experts.api import ROW_ALIGNMENT, sum_places
 from pallas_kernels.hopper.compat import hopper_refusal
-from pallas_kernels.quantized_experts import prefill, reference
+from pallas_kernels.quantized_experts import blocked, prefill, reference
 from pallas_kernels.quantized_experts.chunks import list_chunks
 from pallas_kernels.quantized_experts.decode import product
 from pallas_kernels.quantized_experts.decode_config import choose_decode
@@ -30,7 +30,7 @@ from pallas_kernels.quantized_experts.format import BLOCK, QuantizedMatrices
 
 __all__ = ["BACKENDS", "ROW_ALIGNMENT", "Case", "Rows", "explain", "quantized_experts", "refusal"]
 
-BACKENDS = ("mosaic_gpu", "reference")
+BACKENDS = ("mosaic_gpu", "blocked", "reference")
 Rows = Literal["bfloat16", "float8"]
 
 
@@ -114,16 +114,21 @@ def _products(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activatio
         name="quantized_down",
         config=choose_decode(assignments, slots, 1),
     )
-    return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype)
+    return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype, "mosaic_gpu")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _apply(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, rows, backend):
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _apply(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, options, backend):
+    activation, rows, assignments = options
     arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ)
     if backend == "reference":
         source_A = copy_A // place_RJ.shape[1]
         return reference.quantized_experts(
             *arrays, source_A, sizes_S, activation=activation, rows=rows
+        )
+    if backend == "blocked":
+        return blocked.quantized_experts(
+            *arrays, copy_A, sizes_S, activation=activation, rows=rows, assignments=assignments
         )
     if rows == "float8":
         return prefill.fp8_experts(*arrays, copy_A, sizes_S, activation=activation)
@@ -140,15 +145,6 @@ def _refuse_gradient(*_):
 _apply.defvjp(_refuse_gradient, _refuse_gradient)
 
 
-@jax.custom_vjp
-def without_gradient(y_RD: jax.Array) -> jax.Array:
-    """What was computed from dequantized weights: differentiating it is refused alike."""
-    return y_RD
-
-
-without_gradient.defvjp(_refuse_gradient, _refuse_gradient)
-
-
 def quantized_experts(
     x_RD: Float[Array, "R D"],
     w_in: QuantizedMatrices,
@@ -160,6 +156,7 @@ def quantized_experts(
     *,
     activation: str,
     rows: Rows = "bfloat16",
+    assignments: int | None = None,
     backend: str | None = None,
 ) -> Float[Array, "R D"]:
     """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
@@ -174,8 +171,10 @@ def quantized_experts(
         copy_A: the flat assignment r·J + j of each place; R·J for none.
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
         activation: `swiglu`, `geglu`, `gelu` or `relu2`.
-        rows: what rows and hidden activations are multiplied as. `bfloat16` is exact but for the
-            weights' quantization; `float8` quantizes them, too, by blocks of 128 (e4m3).
+        rows: what rows and hidden activations are multiplied as. `bfloat16`, or x's own dtype where
+            no kernel serves, is exact but for the weights' quantization; `float8` quantizes them,
+            too, by blocks of 128 (e4m3).
+        assignments: the most that have a place, which bounds the work of `blocked`; None: R·J.
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
@@ -196,4 +195,6 @@ def quantized_experts(
     )
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)
-    return _apply(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activation, rows, chosen)
+    most = place_RJ.size if assignments is None else min(assignments, place_RJ.size)
+    arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
+    return _apply(*arrays, (activation, rows, most), chosen)

@@ -59,16 +59,13 @@ class DecodeConfig:
         return self.row_parts * HALF
 
 
-def choose_decode(
-    assignments: int, slots: int, parts: int, *, reserve_sms: int = 0, **sizes: int
-) -> DecodeConfig:
+def choose_decode(assignments: int, slots: int, parts: int, **sizes: int) -> DecodeConfig:
     """A good cut.
 
     Args:
         assignments: rows of all slots together.
         slots: matrices.
         parts: accumulators side by side.
-        reserve_sms: streaming multiprocessors to leave free, for communication.
         sizes: fields of the result that are given.
     """
     mean = assignments / slots
@@ -79,7 +76,7 @@ def choose_decode(
     stage = parts * row_parts * HALF * BLOCK + columns * BLOCK * 2
     ending = row_parts * HALF * columns * (2 + (4 * parts if phases > 1 else 0))
     stages = sizes.pop("stages", min(RING, SHARED - ending) // phases // stage)
-    sms = sizes.pop("sms", max(1, sm_count() - reserve_sms))
+    sms = sizes.pop("sms", sm_count())
     lag = sizes.pop("lag", max(1, min(4, stages * phases // 2)))
     return DecodeConfig(columns, row_parts, phases, stages, sms, lag, **sizes)
 

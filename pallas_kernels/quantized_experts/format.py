@@ -11,7 +11,14 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-__all__ = ["BLOCK", "QuantizedMatrices", "dequantize", "quantize", "quantize_rows"]
+__all__ = [
+    "BLOCK",
+    "QuantizedMatrices",
+    "dequantize",
+    "quantize",
+    "quantize_rows",
+    "rows_through_float8",
+]
 
 BLOCK = 128
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -113,3 +120,11 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     magnitudes = jnp.pad(jnp.abs(x), ((0, 0), (0, -k % BLOCK))).reshape(rows, _blocks(k), BLOCK)
     scales = _scales(magnitudes, (-1,), largest)
     return _to_values(x / _spread(scales, 1, k), jnp.float8_e4m3fn, largest), scales
+
+
+def rows_through_float8(x: jax.Array) -> jax.Array:
+    """What `quantize_rows` makes of rows [R, K], as float32."""
+    # A compiler that may keep more precision, as XLA may on a GPU, leaves out a conversion back and
+    # forth.
+    values, scales = jax.lax.optimization_barrier(quantize_rows(x))
+    return values.astype(jnp.float32) * _spread(scales, 1, x.shape[1])

@@ -8,19 +8,12 @@ from jax import numpy as jnp
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.grouped_matmul import reference
 from pallas_kernels.quantized_experts.format import (
-    BLOCK,
     QuantizedMatrices,
     dequantize,
-    quantize_rows,
+    rows_through_float8,
 )
 
 __all__ = ["quantized_experts"]
-
-
-def _through_float8(x: jax.Array) -> jax.Array:
-    """Rows as float8 rows hold them, in float32."""
-    values, scales = quantize_rows(x)
-    return values.astype(jnp.float32) * jnp.repeat(scales, BLOCK, axis=1)[:, : x.shape[1]]
 
 
 def quantized_experts(
@@ -45,7 +38,7 @@ def quantized_experts(
     dtype = jnp.float32 if rows == "float8" else x_RD.dtype
 
     def rounded(values: jax.Array) -> jax.Array:
-        return (_through_float8(values) if rows == "float8" else values).astype(dtype)
+        return (rows_through_float8(values) if rows == "float8" else values).astype(dtype)
 
     x_AD = rounded(x_RD).at[source_A].get(mode="fill", fill_value=0)
     w_in_SDM = jnp.swapaxes(dequantize(w_in, dtype), 1, 2).reshape(slots, d_model, parts * hidden)

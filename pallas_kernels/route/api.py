@@ -1,13 +1,14 @@
 """Route: top-k of the router's scores, and the sorted layout of assignments.
 
 Backends are tried in order; one that cannot serve a case raises NotImplementedError with the
-reason. `explain_top_k` and `explain_sorted_places` say which was chosen and why others were not.
-No gradient passes through a choice.
+reason. The functions named `explain_…` say which was chosen and why others were not. No gradient
+passes through a choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import backends
 from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.hopper.tiles import ROWS, TileMap, tile_map
-from pallas_kernels.route import block_layout, mosaic_gpu, reference, warp_top_k
+from pallas_kernels.route import block_layout, grid_layout, reference, warp_top_k
 
 __all__ = [
     "BACKENDS",
     "explain_sorted_places",
+    "explain_sorted_tiles",
     "explain_top_k",
     "sorted_places",
     "sorted_tiles",
@@ -51,24 +53,39 @@ def explain_top_k(tokens: int, experts: int, k: int, dtype: Any = jnp.float32) -
 
 def explain_sorted_places(rows: int, copies: int, groups: int) -> str:
     """One line: the backend that serves this shape, and why those before it do not."""
-    refusal = _refusal(mosaic_gpu.sorted_places_refusal(rows, copies, groups))
+    refusal = _refusal(grid_layout.refusal(rows, copies, groups))
     return backends.explain("sorted_places", BACKENDS, refusal)
 
 
-@jax.custom_jvp
-def _chosen(values_TE: jax.Array, ids_Tk: jax.Array, chosen_Tk: jax.Array) -> jax.Array:
-    """The chosen values, which are known; their gradient goes where they came from."""
+def explain_sorted_tiles(rows: int, copies: int, groups: int, places: int) -> str:
+    """One line: what lays the assignments out, and why not something faster."""
+    refusal = _refusal(block_layout.refusal(rows, copies, groups, places))
+    line = backends.explain("sorted_tiles", BACKENDS, refusal)
+    if refusal("mosaic_gpu", False) is None:
+        return line
+    return f"{line}; {explain_sorted_places(rows, copies, groups)}"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _chosen(
+    values_TE: jax.Array, ids_Tk: jax.Array, chosen_Tk: jax.Array, softmax: bool
+) -> jax.Array:
+    """The chosen values or their softmax, which are known; the gradient goes to the values."""
     return chosen_Tk
 
 
 @_chosen.defjvp
-def _chosen_jvp(primals, tangents):
-    _, ids_Tk, chosen_Tk = primals
+def _chosen_jvp(softmax, primals, tangents):
+    chosen_Tk = _chosen(*primals, softmax)  # as a function of the values, for second derivatives
+    ids_Tk = primals[1]
     rows = jnp.arange(ids_Tk.shape[0], dtype=jnp.int32)[:, None]
     # Ids are distinct within a row: the transpose adds in any order, on a GPU fast and
     # deterministic.
-    taken_Tk = tangents[0].at[rows, ids_Tk].get(unique_indices=True, mode="promise_in_bounds")
-    return chosen_Tk, taken_Tk
+    tangent_Tk = tangents[0].at[rows, ids_Tk].get(unique_indices=True, mode="promise_in_bounds")
+    if softmax:
+        mean_T1 = jnp.sum(chosen_Tk * tangent_Tk, axis=-1, keepdims=True)
+        tangent_Tk = chosen_Tk * (tangent_Tk - mean_T1)
+    return chosen_Tk, tangent_Tk
 
 
 def top_k(
@@ -76,6 +93,7 @@ def top_k(
     k: int,
     *,
     values_TE: Float32[Array, "T E"] | None = None,
+    softmax: bool = False,
     backend: str | None = None,
 ) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
     """The k best experts of each token, descending; of equal scores the lower id first.
@@ -84,11 +102,12 @@ def top_k(
         scores_TE: scores; -inf for experts that must not be chosen while k others are left.
         k: at most E.
         values_TE: what is returned of the chosen; None: the scores.
+        softmax: returns the softmax of the chosen values instead of themselves.
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
-        int32 ids [T, k], distinct in a row even where scores are -inf or NaN; their values [T, k].
-        Gradients pass to the values, not through the choice.
+        int32 ids [T, k], distinct in a row even where scores are -inf or NaN; their values [T, k],
+        or the softmax of these. Gradients pass to the values, not through the choice.
 
     Raises:
         NotImplementedError: no backend can serve this; the message has each one's reason.
@@ -101,8 +120,9 @@ def top_k(
     refusal = _refusal(warp_top_k.refusal(tokens, experts, k, scores_TE.dtype, values_TE.dtype))
     name = backends.choose("top_k", BACKENDS, backend, refusal)
     function = warp_top_k.top_k if name == "mosaic_gpu" else reference.top_k
-    ids, chosen = function(lax.stop_gradient(scores_TE), lax.stop_gradient(values_TE), k)
-    return ids, _chosen(values_TE, ids, chosen)
+    fixed = lax.stop_gradient((scores_TE, values_TE))
+    ids, chosen = function(*fixed, k, softmax=softmax)
+    return ids, _chosen(values_TE, ids, chosen, softmax)
 
 
 def sorted_places(
@@ -118,8 +138,8 @@ def sorted_places(
     Within a group, assignments keep the order of r·J + j. All backends give the same bits.
 
     Args:
-        ids_RJ: int32, the group of each assignment, at least 0; `groups` or more for none. The
-            groups of a row are distinct.
+        ids_RJ: int32, the group of each assignment, from 0 to G − 1; others for none. The groups
+            of a row are distinct.
         groups: G.
         alignment: what each group's size is a multiple of.
         places: M, room for all groups with their padding: A assignments to at most B groups that
@@ -134,9 +154,10 @@ def sorted_places(
         NotImplementedError: no backend can serve this; the message has each one's reason.
     """
     rows, copies = ids_RJ.shape
-    refusal = _refusal(mosaic_gpu.sorted_places_refusal(rows, copies, groups))
+    refusal = _refusal(grid_layout.refusal(rows, copies, groups))
     chosen = backends.choose("sorted_places", BACKENDS, backend, refusal)
-    module = mosaic_gpu if chosen == "mosaic_gpu" else reference
+    module = grid_layout if chosen == "mosaic_gpu" else reference
+    ids_RJ = jnp.where(ids_RJ < 0, groups, ids_RJ)
     return module.sorted_places(ids_RJ, groups=groups, alignment=alignment, places=places)
 
 
@@ -146,7 +167,7 @@ def sorted_tiles(
     """`sorted_places` for the Hopper kernels, with their list of tiles.
 
     Args:
-        ids_RJ: as for `sorted_places`; negative ones are none too.
+        ids_RJ: as for `sorted_places`.
         groups: G.
         places: M, as for `sorted_places` with the alignment `tiles.ROWS`.
         backend: `mosaic_gpu` lays few assignments out by one kernel, `reference` takes whatever
@@ -162,6 +183,5 @@ def sorted_tiles(
     refusal = _refusal(block_layout.refusal(rows, copies, groups, places))
     if backends.choose("sorted_tiles", BACKENDS, backend, refusal) == "mosaic_gpu":
         return block_layout.layout(ids_RJ, groups=groups, places=places)
-    ids_RJ = jnp.where(ids_RJ < 0, groups, ids_RJ)
     place_RJ, sizes_G, copy_M = sorted_places(ids_RJ, groups=groups, alignment=ROWS, places=places)
     return place_RJ, sizes_G, copy_M, tile_map(sizes_G, places, copy_M < ids_RJ.size)

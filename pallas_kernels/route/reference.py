@@ -9,13 +9,16 @@ from jax import numpy as jnp
 __all__ = ["sorted_places", "top_k"]
 
 
-def top_k(scores_TE: jax.Array, values_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_k(
+    scores_TE: jax.Array, values_TE: jax.Array, k: int, *, softmax: bool
+) -> tuple[jax.Array, jax.Array]:
     """Ids of the k best experts, descending, the lower id first among equal scores; their values.
 
     Args:
         scores_TE: float.
         values_TE: float.
         k: at most E.
+        softmax: of the chosen values, instead of themselves.
 
     Returns:
         int32 [T, k], and of the values' dtype [T, k].
@@ -23,7 +26,8 @@ def top_k(scores_TE: jax.Array, values_TE: jax.Array, k: int) -> tuple[jax.Array
     # lax.top_k orders -0.0 below 0.0; they are equal scores.
     scores_TE = jnp.where(scores_TE == 0, jnp.zeros_like(scores_TE), scores_TE)
     ids_Tk = lax.top_k(scores_TE, k)[1].astype(jnp.int32)
-    return ids_Tk, jnp.take_along_axis(values_TE, ids_Tk, axis=1, mode="promise_in_bounds")
+    chosen_Tk = jnp.take_along_axis(values_TE, ids_Tk, axis=1, mode="promise_in_bounds")
+    return ids_Tk, jax.nn.softmax(chosen_Tk, axis=-1) if softmax else chosen_Tk
 
 
 def sorted_places(

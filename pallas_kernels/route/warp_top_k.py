@@ -45,6 +45,18 @@ def _ordered(m: Machine, bits: Any) -> Any:
     return m.select(key < INT_MIN + 1, INT_MIN + 1, key)
 
 
+def _softmax(m: Machine, values: Any, where: Any, k: int) -> Any:
+    """Of the first k lanes' float32 values, where they are valid."""
+    largest = m.largest(m.select(where, _ordered(m, values), INT_MIN))
+    largest = m.select(largest < 0, largest ^ INT_MAX, largest)  # its bits again
+    exponential = m.select(where, m.float_exp(m.float_sub(values, largest)), 0)
+    total, distance = exponential, 1
+    while distance < k:
+        total = m.float_add(total, m.exchange(total, distance))
+        distance *= 2
+    return m.float_div(exponential, total)
+
+
 def program(
     m: Machine,
     scores: Any,
@@ -56,16 +68,18 @@ def program(
     tokens: int,
     experts: int,
     k: int,
+    softmax: bool,
 ) -> None:
     """One block: ids and values of the k best experts of its tokens.
 
     Args:
         m: the machine.
         scores: float32 words [tokens · experts].
-        values: words of the same shape, of which the chosen are copied.
+        values: float32 words of the same shape, of which the chosen are taken.
         ids_out, values_out: [tokens · k].
         block: index.
         tokens, experts, k: sizes.
+        softmax: of the chosen values, instead of themselves.
     """
     token = m.warp + block * WARPS
     mine = token < tokens
@@ -89,18 +103,22 @@ def program(
         ids = m.select(m.lane == j, id_, ids)
     one_of_k = mine & (m.lane < k)
     m.store(ids_out, token * k + m.lane, ids, one_of_k)
-    m.store(
-        values_out, token * k + m.lane, m.load(values, token * experts + ids, one_of_k), one_of_k
-    )
+    chosen = m.load(values, token * experts + ids, one_of_k)
+    if softmax:
+        chosen = _softmax(m, chosen, one_of_k, k)
+    m.store(values_out, token * k + m.lane, chosen, one_of_k)
 
 
-def top_k(scores_TE: jax.Array, values_TE: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_k(
+    scores_TE: jax.Array, values_TE: jax.Array, k: int, *, softmax: bool
+) -> tuple[jax.Array, jax.Array]:
     """Ids of the k best experts, descending, the lower id first among equal scores; their values.
 
     Args:
         scores_TE: float32.
         values_TE: float32.
         k: at most E.
+        softmax: of the chosen values, instead of themselves.
 
     Returns:
         int32 [T, k], float32 [T, k].
@@ -108,7 +126,7 @@ def top_k(scores_TE: jax.Array, values_TE: jax.Array, k: int) -> tuple[jax.Array
     tokens, experts = scores_TE.shape
     dtypes = (jnp.int32, jnp.float32)
     ids, values = launch(
-        partial(program, tokens=tokens, experts=experts, k=k),
+        partial(program, tokens=tokens, experts=experts, k=k, softmax=softmax),
         "top_k",
         blocks=-(-tokens // WARPS),
         threads=WARPS * LANES,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.interpreting import interpreted, is_interpreted
 
 __all__ = ["interpret_mode", "interpreted", "tpu_refusal", "vmem_bytes", "vmem_limit"]
 
@@ -21,25 +20,13 @@ As in JAX's own table, `jax.experimental.pallas.tpu.get_tpu_info`.
 
 _DTYPES = ("bfloat16", "float32")
 
-_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Kernels traced inside run in Pallas's TPU interpreter, on a CPU."""
-    token = _interpreted.set(True)
-    try:
-        yield
-    finally:
-        _interpreted.reset(token)
-
 
 def interpret_mode() -> Any:
     """The `interpret` argument of `pl.pallas_call`: False outside of `interpreted`.
 
     What a kernel has not written reads as nan.
     """
-    return pltpu.InterpretParams(uninitialized_memory="nan") if _interpreted.get() else False
+    return pltpu.InterpretParams(uninitialized_memory="nan") if is_interpreted() else False
 
 
 def tpu_refusal(dtype: Any, *, forced: bool) -> str | None:

@@ -186,13 +186,12 @@ def plain_product(
     *,
     name: str,
     transpose_rhs: bool = False,
-    tiles: Tiles | None = None,
 ) -> jax.Array:
     """The products of all planes, summed, [M, N] in lhs's dtype; the rest as `rows_product`."""
     planes, rows, plane_k = lhs_PMK.shape
     columns = rhs_GPKN.shape[2 if transpose_rhs else 3]
     groups, dtype = spans_2G.shape[1], lhs_PMK.dtype
-    tiles = tiles or choose_tiles(rows, groups, planes * plane_k, columns, dtype, planes=planes)
+    tiles = choose_tiles(rows, groups, planes * plane_k, columns, dtype, planes=planes)
 
     def finish(sums, _, outputs, store):
         store(outputs[0], ..., sums[0])

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.precision import precision_of
 from pallas_kernels.tpu.compat import interpret_mode, vmem_limit
-from pallas_kernels.tpu.tiles import Tiles, choose_weight_tiles, visits_of
+from pallas_kernels.tpu.tiles import choose_weight_tiles, visits_of
 
 __all__ = ["weights_product"]
 
@@ -28,7 +28,6 @@ def weights_product(
     *,
     name: str,
     dtype: Any,
-    tiles: Tiles | None = None,
 ) -> jax.Array:
     """Runs the kernel.
 
@@ -38,14 +37,13 @@ def weights_product(
         spans_2G: int32, rows of each group, as for `visits_of`.
         name: of the kernel, in profiles.
         dtype: of the result.
-        tiles: sizes; None chooses.
 
     Returns:
         [G, P, K, N]; zero for empty groups, whatever rows there are of others or of none.
     """
     (rows, contraction), (planes, _, plane_n) = lhs_MK.shape, ct_PMN.shape
     groups = spans_2G.shape[1]
-    tiles = tiles or choose_weight_tiles(
+    tiles = choose_weight_tiles(
         rows, groups, contraction, planes * plane_n, lhs_MK.dtype, dtype, planes=planes
     )
     tile_m, tile_k, tile_n = tiles.rows, tiles.contraction, tiles.columns

@@ -15,6 +15,7 @@ __all__ = [
     "Cut",
     "Product",
     "bucket",
+    "can_pair",
     "candidates",
     "refusal",
     "ring_stages",
@@ -24,6 +25,7 @@ TILE_K = 64  # of the contraction, for a stage
 STEP = 64  # columns that a part of a tile is a multiple of
 ELEMENT = 2  # bytes
 WIDTHS = (256, 192, 128, 64)  # of a part, widest first: fewer bytes from L2 for each operation
+CLUSTERS = (1, 2)  # thread blocks that load together
 BANDS = (2, 3, 4, 8, 16, 32)
 MOST_STAGES = 8
 KERNELS = (
@@ -84,9 +86,11 @@ class Cut:
     tile_n: int
     stages: int
     band: int
+    cluster: int = 1
 
     def __str__(self) -> str:
-        return f"{self.tile_n} columns, {self.stages} stages, bands of {self.band}"
+        text = f"{self.tile_n} columns, {self.stages} stages, bands of {self.band}"
+        return f"{text}, in pairs" if self.cluster > 1 else text
 
 
 def bucket(rows: int) -> int:
@@ -126,14 +130,30 @@ def refusal(product: Product, cut: Cut) -> str | None:
         )
     if cut.band < 1:
         return f"band={cut.band} must be 1 at least"
+    if cut.cluster not in CLUSTERS:
+        return f"cluster={cut.cluster} is none of {', '.join(map(str, CLUSTERS))}"
+    if cut.cluster > 1 and not can_pair(product, cut.tile_n):
+        return f"cluster={cut.cluster}: its tiles cannot be shared out to pairs of blocks"
     return None
 
 
+def can_pair(product: Product, tile_n: int) -> bool:
+    """Whether two blocks can have tiles beside each other throughout, and load together."""
+    if {"few", "ragged"} & set(product.flags):
+        return False
+    if "weights" not in product.flags:
+        return True
+    tile, size = product.tile_rows, product.contraction
+    if "gather_rhs" in product.flags:
+        tile, size = tile_n, product.columns
+    return size % (2 * tile) == 0
+
+
 def _possible(product: Product) -> Iterator[Cut]:
-    for width, band in every(WIDTHS, BANDS):
+    for width, band, cluster in every(WIDTHS, BANDS, CLUSTERS):
         tile_n = width * product.parts
         for stages in range(2, ring_stages(product.ring, product.tile_rows, tile_n) + 1):
-            if refusal(product, cut := Cut(tile_n, stages, band)) is None:
+            if refusal(product, cut := Cut(tile_n, stages, band, cluster)) is None:
                 yield cut
 
 
@@ -146,8 +166,8 @@ def _tallest(product: Product) -> int:
 def candidates(product: Product, heuristic: Cut, most: int) -> list[Cut]:
     """Cuts worth trying beside the heuristic's, the nearest to it first.
 
-    A step is the next width, the next band, or a stage fewer than fit. Where tiles have few rows,
-    bands hardly matter, as there are few tiles.
+    A step is the next width, the next band, a stage fewer than fit, or pairs of blocks instead of
+    single ones. Where tiles have few rows, bands hardly matter, as there are few tiles.
 
     Args:
         product: what is cut up.
@@ -165,6 +185,7 @@ def candidates(product: Product, heuristic: Cut, most: int) -> list[Cut]:
         wider = abs(tiles.index(cut.tile_n) - tiles.index(here.tile_n))
         fewer = ring_stages(product.ring, product.tile_rows, cut.tile_n) - cut.stages
         away = abs(bands.index(cut.band) - bands.index(here.band))
-        return others_cost * (wider + fewer) + band_cost * away
+        other = cut.cluster != here.cluster
+        return others_cost * (wider + fewer) + band_cost * away + other
 
     return sorted(every_cut - {here}, key=lambda cut: (distance(cut), cut))[:most]

@@ -3,7 +3,7 @@
 A table is a JSON file for one kind of device:
 
     {"format": 1, "device": "NVIDIA H100 80GB HBM3", "entries": [
-        {"product": {…the fields of Product…}, "cut": {"tile_n": …, "stages": …, "band": …},
+        {"product": {…the fields of Product…}, "cut": {…those of Cut…},
          "measured": {"ms": …, "heuristic_ms": …, "jax": …, "jaxlib": …, "commit": …}}, …]}
 """
 

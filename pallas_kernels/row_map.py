@@ -44,7 +44,7 @@ class RowMap:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="fill", fill_value=0)
+    return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)  # numpy's have no `at`
 
 
 def _sum_copies(y_MD: jax.Array, row_NJ: jax.Array, dtype) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The sorted layout of many assignments on Hopper.
+"""The sorted layout of many assignments on Hopper: tiles of rows, counted by a grid of blocks.
 
 A warpgroup keeps 64 rows in registers, in the layout of wgmma accumulators. There a quad of lanes
 shares a row, so that a reduction along it takes two shuffles. Nothing is sorted: the layout needs
@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.compat import COMPILER_PARAMS, load_rows, named_kernel
 from pallas_kernels.hopper.tiles import swizzled
 
-__all__ = ["sorted_places", "sorted_places_refusal"]
+__all__ = ["refusal", "sorted_places"]
 
 ROWS = 64  # of a warpgroup
 LANE_COLUMNS = 8  # arrays in this layout have a multiple of as many columns
@@ -31,7 +31,7 @@ SPAN = 1024  # tiles that are summed up in one product
 INT_MAX = 2**31 - 1
 
 
-def sorted_places_refusal(rows: int, copies: int, groups: int) -> str | None:
+def refusal(rows: int, copies: int, groups: int) -> str | None:
     """Why the kernel cannot serve this, or None."""
     if rows * copies * groups == 0:
         return "no rows, no assignments or no groups"

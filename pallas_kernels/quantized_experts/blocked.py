@@ -1,0 +1,60 @@
+"""Quantized experts by blocks of rows, each with its slot's matrices, dequantized for the block.
+
+Plain XLA, any platform and shape. Work is the assignments' own, and the padding of each slot to
+whole blocks; a slot that nobody wants is not read.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import numpy as jnp
+
+from pallas_kernels.fused_experts.activations import ACTIVATIONS
+from pallas_kernels.fused_experts.api import sum_places
+from pallas_kernels.fused_experts.grouped import blocks_of_places
+from pallas_kernels.grouped_matmul.blocked import block_products
+from pallas_kernels.grouped_matmul.blocks import block_size
+from pallas_kernels.quantized_experts.format import (
+    QuantizedMatrices,
+    dequantize,
+    rows_through_float8,
+)
+
+__all__ = ["quantized_experts"]
+
+
+def quantized_experts(
+    x_RD: jax.Array,
+    w_in: QuantizedMatrices,
+    w_out: QuantizedMatrices,
+    scores_RJ: jax.Array,
+    place_RJ: jax.Array,
+    copy_A: jax.Array,
+    sizes_S: jax.Array,
+    *,
+    activation: str,
+    rows: str,
+    assignments: int,
+) -> jax.Array:
+    """As `pallas_kernels.quantized_experts.api.quantized_experts`."""
+    slots, parts, _, d_model = w_in.values.shape
+    block = block_size(assignments, slots)
+    blocks, layout = blocks_of_places(
+        place_RJ, copy_A, sizes_S, assignments=assignments, block=block
+    )
+    float8, out_dtype = rows == "float8", x_RD.dtype
+    dtype = jnp.float32 if float8 else out_dtype
+
+    def of_blocks(matrices: QuantizedMatrices) -> jax.Array:
+        return dequantize(jax.tree.map(lambda array: array[blocks.group_B], matrices), dtype)
+
+    x_RD = rows_through_float8(x_RD) if float8 else x_RD
+    x_PD = x_RD.at[layout.source_M].get(mode="fill", fill_value=0)
+    x_BMD, w_BNDH = x_PD.reshape(-1, block, d_model), of_blocks(w_in)
+    h = tuple(block_products(x_BMD, w_BNDH[:, part]) for part in range(parts))
+    a_BMH = ACTIVATIONS[activation].value(h)
+    if float8:
+        a_BMH = rows_through_float8(a_BMH.reshape(-1, a_BMH.shape[-1])).reshape(a_BMH.shape)
+    y_BMD = block_products(a_BMH.astype(dtype), of_blocks(w_out))
+    y_PD = y_BMD.astype(out_dtype).reshape(-1, d_model)
+    return sum_places(y_PD, scores_RJ, layout.row_NJ, out_dtype, "blocked")
