@@ -127,12 +127,12 @@ def test_matches_float64_of_the_quantized_and_of_the_plain(rng, name):
     out = experts(inputs, activation)
     assert out.dtype == ml_dtypes.bfloat16
     exact = oracle(inputs, activation, quantized=True)
-    assert relative_error(out, exact) < BF16_ROUNDINGS
+    few = out.shape[0] < 10  # then errors are of few values, of which one flip is a percent
+    assert relative_error(out, exact) < (2e-2 if ON_GPU and few else BF16_ROUNDINGS)
     # Each projection has the noise of two operands. silu(g)·u doubles their squares (relative to
     # its own square, over normal g and u), relu(g)² quadruples them; then its own noise and
     # w_out's. √(2·2 + 2) = 2.4 and √(4·2 + 2) = 3.2 times NOISE: 6 and 7.5 %.
     expected = NOISE * np.sqrt(10 if activation == "relu2" else 6)
-    few = out.shape[0] < 10  # then the rms is of few values
     plain = oracle(inputs, activation, quantized=False)
     assert relative_error(out, plain) < expected * (1.5 if few else 1.2)
 
