@@ -162,6 +162,25 @@ def reference_curve() -> str:
     return table(("step", "bits/byte"), pairs)
 
 
+def wire_quality() -> str:
+    """What rounding on the wire costs the packaged model."""
+    name = "wire_quality"
+    result = load(name)
+    if result is None:
+        return missing(name)
+    body = [
+        (
+            f"`{row['wire']}`" + (", rotated" if row["rotate"] else ""),
+            f"{row['bits_per_byte']:.4f}",
+            "" if row["change"] is None else f"{row['change']:+.2%}",
+            "1" if row["fewer_bytes"] is None else f"{row['fewer_bytes']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    headings = ("on the wire", "bits/byte", "change", "fewer bytes than bfloat16")
+    return table(headings, body) + "\n" + source(result, name)
+
+
 def expert_layer(routing: str) -> str:
     """One MoE layer in every implementation: TFLOP/s of prefill, ms of decode."""
     name = "expert_layer_h100"
@@ -252,6 +271,7 @@ def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu_default": lambda: measured("cpu_default"),
     "reference_model": lambda: measured("reference_model"),
+    "wire_quality": wire_quality,
     "presets": presets,
     "exchange": exchange,
     "reference_curve": reference_curve,

@@ -190,11 +190,13 @@ class MoELayer(nnx.Module):
             a line for each operation: the backend that serves it, and the others' refusals.
         """
         d_model, experts = self.router.w_DE.shape
-        copies, places = self.config.router.top_k, tokens * self.config.router.top_k
+        copies, budget = self.config.router.top_k, self.budget(tokens)
+        rows = -(-budget.assignments // budget.copies)  # that arrive
+        places = places_for(budget.slots, budget.assignments)
         return [
             explain_router_product(tokens, d_model, experts, dtype),
             route.explain_top_k(tokens, experts, copies),
-            route.explain_sorted_tiles(tokens, copies, experts, places_for(experts, places)),
+            route.explain_sorted_tiles(rows, budget.copies, budget.slots, places),
             self.bank.explain(self.config.experts, dtype=dtype, tensor=tensor),
         ]
 

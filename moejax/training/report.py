@@ -23,20 +23,24 @@ __all__ = [
 
 
 def explain_layer(config: TrainConfig, shape: MeshShape) -> list[str]:
-    """What computes a layer of experts on this device; see `MoELayer.explain`."""
+    """What computes the layers of experts on this device; see `MoELayer.explain`."""
     from flax import nnx
 
     from moejax.layer import MoELayer
 
     model = config.model
-    layer = nnx.eval_shape(
-        lambda: MoELayer(
-            model.d_model, model.moe, expert_devices=shape.expert, rngs=nnx.Rngs(params=0)
-        )
-    )
     tokens = config.data.batch_size * config.data.seq_len
     tokens //= config.accumulate * shape.data * shape.expert
-    return layer.explain(tokens, dtype=model.compute_dtype, tensor=shape.tensor)
+    lines: dict[str, None] = {}  # each once, in order
+    for moe in dict.fromkeys(layer.moe for layer in model.layers() if layer.moe is not None):
+        layer = nnx.eval_shape(
+            lambda moe=moe: MoELayer(
+                model.d_model, moe, expert_devices=shape.expert, rngs=nnx.Rngs(params=0)
+            )
+        )
+        found = layer.explain(tokens, dtype=model.compute_dtype, tensor=shape.tensor)
+        lines |= dict.fromkeys(found)
+    return list(lines)
 
 
 def step_line(

@@ -26,6 +26,7 @@ __all__ = [
     "BACKENDS",
     "ROW_ALIGNMENT",
     "Case",
+    "check_assignments",
     "explain",
     "fused_experts",
     "refusal",
@@ -176,7 +177,15 @@ def _fused_bwd(activation, backend, sizing, residuals, ct_RD):
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
-def _check_operands(x_RD: Any, w_in: Any, w_out: Any, sizes_S: Any, activation: str) -> None:
+def check_assignments(assignments: int | None) -> None:
+    """Raises ValueError unless this is a number of assignments, 1 or more, or None."""
+    if assignments is not None and assignments < 1:
+        raise ValueError(f"assignments={assignments} must be at least 1, or None")
+
+
+def _check_operands(
+    x_RD: Any, w_in: Any, w_out: Any, scores_RJ: Any, sizes_S: Any, activation: str
+) -> None:
     slots, hidden, d_model = w_out.shape
     parts = ACTIVATIONS[activation].parts if activation in ACTIVATIONS else w_in.shape[2]
     if w_in.shape != (slots, d_model, parts, hidden) or x_RD.shape[1:] != (d_model,):
@@ -186,6 +195,8 @@ def _check_operands(x_RD: Any, w_in: Any, w_out: Any, sizes_S: Any, activation: 
         )
     if sizes_S.shape != (slots,):
         raise ValueError(f"sizes of {sizes_S.shape[0]} slots for {slots} matrices")
+    if scores_RJ.dtype != jnp.float32:
+        raise ValueError(f"scores of {scores_RJ.dtype}: must be float32")
     if not x_RD.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(
             f"rows of {x_RD.dtype} with projections of {w_in.dtype} and {w_out.dtype}: must be of "
@@ -222,7 +233,8 @@ def fused_experts(
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
         activation: `swiglu`, `geglu`, `gelu` or `relu2`.
         b_in_SNH, b_out_SD: biases in x's dtype, or None; the kernels take none.
-        assignments: the most that have a place, which bounds the work of `grouped`; None: R·J.
+        assignments: the most that have a place, which bounds work and memory: were there more, some
+            would be lost without a word. None: R·J.
         tiles: of the slots, for the Hopper kernels, as `route.api.sorted_tiles` makes them; None
             makes the list here.
         backend: one of `BACKENDS`; None tries them in order.
@@ -231,7 +243,7 @@ def fused_experts(
 
     Returns:
         [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections,
-        the biases and the scores. The kernels' backward keeps only the input projections [A, N·H]
+        the biases and the scores. The kernels' backward keeps only the input projections
         of the forward and recomputes the activation (SonicMoE, arXiv 2512.14080).
 
     Raises:
@@ -240,7 +252,8 @@ def fused_experts(
             leaves none.
     """
     check_reserve(reserve_sms)
-    _check_operands(x_RD, w_in_SDNH, w_out_SHD, sizes_S, activation)
+    check_assignments(assignments)
+    _check_operands(x_RD, w_in_SDNH, w_out_SHD, scores_RJ, sizes_S, activation)
     bias = b_in_SNH is not None or b_out_SD is not None
     case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype, bias)
     if place_RJ.size == 0 or copy_A.size == 0:

@@ -62,8 +62,7 @@ def down_backward(
         copy_A: int32, the copy of a token row at each place; out of range in padding.
         copies: of a token row.
         tiles: as for `up`.
-        assignments: places that are expected to hold a row, which the sizes may depend on; None:
-            all.
+        assignments: the most places that hold a row, which sizes may depend on; None: all.
         reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
 

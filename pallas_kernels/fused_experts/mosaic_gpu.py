@@ -68,8 +68,7 @@ def up(
         copies: of a token row.
         tiles: of the slots; None makes the list.
         few: most tiles hold few rows: only those that `tiles` wants need be written.
-        assignments: places that are expected to hold a row, which the sizes may depend on; None:
-            all.
+        assignments: the most places that hold a row, for which `keep` leaves room; None: all.
         reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
 
@@ -116,11 +115,11 @@ def up(
         values = act.value(accumulators).astype(out.dtype)
         store_strips(values, out, smem, warpgroup, row, column, wanted)
 
-    tiles = tiles or tile_map(sizes_S, places)
+    told, tiles = tiles is not None, tiles or tile_map(sizes_S, places)
     out_type = [jax.ShapeDtypeStruct((places, hidden), x_RD.dtype)]
     kept = []
     if keep:
-        most = places if assignments is None else most_kept_rows(assignments, slots)
+        most = most_kept_rows(assignments, slots) if told and assignments else places
         out_type.insert(0, jax.ShapeDtypeStruct((min(places, most), parts * hidden), x_RD.dtype))
         kept = [tiles.rows, kept_rows(tiles)]
     kernel = rows_kernel(

@@ -150,7 +150,7 @@ def choose_config(
 def _better_in_pairs(product: Product) -> bool:
     """What both blocks need is read once from the L2 cache, but they wait for each other.
 
-    Measured on an H100 (docs/performance.md): −2 to −5 % of the time, but up to +6 % where one of
+    Measured on an H100 (docs/performance.md): −2 to −5 % of the time, but up to +7 % where one of
     them waits for gathered rows or for an epilogue that loads.
     """
     waits = any(flag.startswith("gather") for flag in product.flags)

@@ -1,8 +1,8 @@
 """Products of row tiles with their group's matrix: the persistent, warp-specialized kernel.
 
 Three warpgroups a block: two multiply 64 rows each with wgmma, one loads tiles into a ring of
-stages, by TMA or, for rows picked by index, by cp.async. A block takes tiles `sm`, `sm + SMs`, … of
-a list that was made beforehand, so nothing depends on the number of groups.
+stages, by TMA or, for rows picked by index, by cp.async. A block, or a cluster of two, takes every
+n-th tile of a list that was made beforehand, so nothing depends on the number of groups.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Programs of single threads inside a Pallas kernel: warps that shuffle and reduce.
 
-For work on indices, where a thread's own loads and stores are what matters. A program is a function
-of a `Machine` and of references to 32-bit words; it has no branches: loads and stores are
-predicated. `launch` compiles it, with one thread for each value, or lets `emulate` run it in numpy,
-with all threads of a block side by side, to test it without a GPU.
+For work on indices, sums and small products, where a thread's own loads and stores are what
+matters. A program is a function of a `Machine` and of references to 32-bit words; it has no
+branches: loads and stores are predicated. `launch` compiles it, with one thread for each value, or
+lets `emulate` run it in numpy, with all threads of a block side by side, to test it without a GPU.
 """
 
 from __future__ import annotations

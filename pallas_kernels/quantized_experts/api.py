@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import backends
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
-from pallas_kernels.fused_experts.api import ROW_ALIGNMENT, sum_places
+from pallas_kernels.fused_experts.api import ROW_ALIGNMENT, check_assignments, sum_places
 from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.quantized_experts import blocked, prefill, reference
 from pallas_kernels.quantized_experts.chunks import list_chunks
@@ -174,7 +174,8 @@ def quantized_experts(
         rows: what rows and hidden activations are multiplied as. `bfloat16`, or x's own dtype where
             no kernel serves, is exact but for the weights' quantization; `float8` quantizes them,
             too, by blocks of 128 (e4m3).
-        assignments: the most that have a place, which bounds the work of `blocked`; None: R·J.
+        assignments: the most that have a place, which bounds the work of `blocked`: were there
+            more, some would be lost without a word. None: R·J.
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
@@ -195,6 +196,7 @@ def quantized_experts(
     )
     if place_RJ.size == 0 or copy_A.size == 0:
         return jnp.zeros_like(x_RD)
+    check_assignments(assignments)
     most = place_RJ.size if assignments is None else min(assignments, place_RJ.size)
     arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
     return _apply(*arrays, (activation, rows, most), chosen)

@@ -40,9 +40,9 @@ def refusal(rows: int, copies: int, groups: int, places: int) -> str | None:
     if rows * copies * groups == 0:
         return "no rows, no assignments or no groups"
     if rows * copies > MAX_ASSIGNMENTS:
-        return f"{rows * copies} assignments; one block takes up to {MAX_ASSIGNMENTS}"
+        return f"{rows * copies} assignments; the kernel takes up to {MAX_ASSIGNMENTS}"
     if groups > THREADS:
-        return f"{groups} groups; one block takes up to {THREADS}"
+        return f"{groups} groups; the kernel takes up to {THREADS}"
     words = -(-rows // LANES) * groups
     if words > MAX_WORDS:
         return f"{rows} rows in {groups} groups are {words} words of bits, not up to {MAX_WORDS}"
