@@ -250,7 +250,7 @@ def test_lowering_of_many_groups():
 def test_refusals(rng):
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu: 2000 experts; the kernel takes"):
         api.top_k(jnp.zeros((4, 2000)), 2, backend="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match=r"mosaic_gpu: 9000 assignments; the kernel takes"):
+    with pytest.raises(NotImplementedError, match=r"9000 assignments; the kernel takes"):
         ids = jnp.zeros((4500, 2), jnp.int32)
         api.sorted_tiles(ids, groups=4, places=9600, backend="mosaic_gpu")
     with pytest.raises(NotImplementedError, match=r"scores are bfloat16"):
