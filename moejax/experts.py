@@ -16,11 +16,12 @@ from moejax.exchange.modes import Rows
 from moejax.model.initializers import INIT_STD
 from moejax.placement.arrays import Placement, gather_bank, home_slots, num_slots
 from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.hopper.tiles import TileMap
 from pallas_kernels.route.api import sorted_tiles
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
-__all__ = ["ExpertBank", "ExpertWeights", "places_for", "run_experts"]
+__all__ = ["ExpertBank", "ExpertWeights", "lay_out", "places_for", "run_experts"]
 
 
 @jax.tree_util.register_dataclass
@@ -131,6 +132,24 @@ def places_for(slots: int, assignments: int) -> int:
     return -(-places // fused.ROW_ALIGNMENT) * fused.ROW_ALIGNMENT
 
 
+def lay_out(rows: Rows, slots: int, budget: Budget) -> tuple[int, tuple[jax.Array, ...], TileMap]:
+    """Places for the assignments that arrived, each slot's in whole tiles.
+
+    Args:
+        rows: what arrived in this wave.
+        slots: S.
+        budget: static sizes.
+
+    Returns:
+        the most assignments there can be; the place of each, the flat assignment at each place, and
+        the slots' sizes, as the kernels' functions take them; the tiles.
+    """
+    assignments = min(budget.assignments, rows.ids_RJ.size)
+    places = places_for(slots, assignments)
+    place_RJ, sizes_S, copy_A, tiles = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
+    return assignments, (place_RJ, copy_A, sizes_S), tiles
+
+
 def run_experts(
     rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
 ) -> jax.Array:
@@ -146,18 +165,13 @@ def run_experts(
         [R, D] in the rows' dtype, summed in float32 and rounded once; partial sums when H is
         split over `tensor`. Zero for rows without an assignment here.
     """
-    slots = weights.w_in_SDNH.shape[0]
-    assignments = min(budget.assignments, rows.ids_RJ.size)
-    places = places_for(slots, assignments)
-    place_RJ, sizes_S, copy_A, tiles = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
+    assignments, layout, tiles = lay_out(rows, weights.w_in_SDNH.shape[0], budget)
     return fused.fused_experts(
         rows.x_RD,
         weights.w_in_SDNH,
         weights.w_out_SHD,
         rows.scores_RJ,
-        place_RJ,
-        copy_A,
-        sizes_S,
+        *layout,
         b_in_SNH=weights.b_in_SNH,
         b_out_SD=weights.b_out_SD,
         assignments=assignments,

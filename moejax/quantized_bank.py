@@ -14,7 +14,7 @@ from moejax.config import ExpertsConfig
 from moejax.errors import UserError
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows
-from moejax.experts import ExpertBank, places_for
+from moejax.experts import ExpertBank, lay_out
 from moejax.placement.arrays import Placement, gather_bank
 from pallas_kernels.quantized_experts import api as quantized_experts
 from pallas_kernels.quantized_experts.format import (
@@ -22,7 +22,6 @@ from pallas_kernels.quantized_experts.format import (
     QuantizedMatrices,
     quantize,
 )
-from pallas_kernels.route.api import sorted_tiles
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
@@ -142,18 +141,13 @@ class QuantizedExpertBank(nnx.Module):
         self, rows: Rows, weights: QuantizedExpertWeights, *, budget: Budget, config: ExpertsConfig
     ) -> jax.Array:
         """As `moejax.experts.run_experts`."""
-        slots = weights.w_in.values.shape[0]
-        assignments = min(budget.assignments, rows.ids_RJ.size)
-        places = places_for(slots, assignments)
-        place_RJ, sizes_S, copy_A, _ = sorted_tiles(rows.ids_RJ, groups=slots, places=places)
+        assignments, layout, _ = lay_out(rows, weights.w_in.values.shape[0], budget)
         return quantized_experts.quantized_experts(
             rows.x_RD,
             weights.w_in,
             weights.w_out,
             rows.scores_RJ,
-            place_RJ,
-            copy_A,
-            sizes_S,
+            *layout,
             assignments=assignments,
             activation=config.activation,
             rows=self._kernel_rows,

@@ -5,12 +5,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
+from wire_support import run_sharded
 
 from moejax.config import EXACT_WIRE
 from moejax.exchange.wire import exchange_rows, pack, row_bytes, unpack
 from pallas_kernels.row_map import RowMap, gather_rows, sum_rows
-from sharding.mesh import EXPERT, MeshShape, make_mesh
+from sharding.mesh import EXPERT
 
 # ---- the wire ---------------------------------------------------------------------------------
 
@@ -62,14 +62,7 @@ def test_exchange_rows_and_its_gradient(rng, dtype):
         return *out, received_ids, *pull((x_ct, scores_ct))
 
     flat = [a.reshape(-1, a.shape[-1]) for a in (x, scores, ids, x_ct, scores_ct)]
-    run = jax.shard_map(
-        body,
-        mesh=make_mesh(MeshShape(expert=devices)),
-        in_specs=P(EXPERT),
-        out_specs=P(EXPERT),
-        check_vma=False,
-    )
-    got = jax.jit(run)(*flat)
+    got = run_sharded(body, *flat, devices=devices)
     for back, sent in zip(got, (x, scores, ids, x_ct, scores_ct)):
         assert back.dtype == sent.dtype
         want = np.swapaxes(sent, 0, 1).reshape(-1, sent.shape[-1])

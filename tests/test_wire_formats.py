@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
 from oracle import relative_error
+from wire_support import run_sharded
 
 from moejax.config import (
     EXACT_WIRE,
@@ -95,17 +95,6 @@ def test_not_finite_stays_in_its_block(rng, form):
 
 
 WIRE = WireConfig("int8", "float8", "int4", "int8")
-
-
-def run_sharded(body, *arrays, devices=4):
-    run = jax.shard_map(
-        body,
-        mesh=make_mesh(MeshShape(expert=devices)),
-        in_specs=P(EXPERT),
-        out_specs=P(EXPERT),
-        check_vma=False,
-    )
-    return [np.asarray(a) for a in jax.jit(run)(*arrays)]
 
 
 def swapped(x, devices=4):
