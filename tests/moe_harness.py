@@ -177,13 +177,24 @@ def sharded_layer(shape, config, d_model, tokens, hosts=None, quick=True) -> Sha
 
 def errors(run, want: Result) -> dict[str, float]:
     """Norm-relative error of everything a run returned."""
+    return {name: relative(*pair) for name, pair in error_norms(run, want).items()}
+
+
+def error_norms(run, want: Result) -> dict[str, tuple[float, float]]:
+    """Norm of the error of everything a run returned, and the norm which that is relative to."""
     y, loss, _, grads, _ = run
-    found = {"y": relative_error(y, want.y)}
-    found["loss"] = relative_error(loss, want.loss, want.scales["loss"])
-    for name, value in grads.items():
-        found[name] = relative_error(value, want.grads[name], want.scales.get(name))
     assert set(grads) == set(want.grads)
+    right = {"y": want.y, "loss": want.loss, **want.grads}
+    found = {}
+    for name, value in {"y": y, "loss": loss, **grads}.items():
+        scale = want.scales.get(name, np.linalg.norm(right[name]))
+        found[name] = relative_error(value, right[name], 1.0), float(scale)
     return found
+
+
+def relative(error: float, scale: float) -> float:
+    """The quotient; where nothing is right but zero, the error as it is."""
+    return error / scale if scale > 0 else error
 
 
 def check_report(

@@ -3,6 +3,7 @@
 Each case is one compiled function; all routings of a case are data to it, so they run in one test.
 """
 
+from collections import defaultdict
 from functools import partial
 
 import ml_dtypes
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from moe_harness import (
     check_report,
-    errors,
+    error_norms,
     random_weights,
+    relative,
     run_oracle,
     sharded_layer,
 )
@@ -24,8 +26,11 @@ from moejax.placement.arrays import num_slots
 D = 16
 BFLOAT16 = ml_dtypes.bfloat16
 FLOAT32_BOUND = 1.2e-6  # norm-relative; worst of many seeds, over all outputs and gradients: 3.8e-7
-BFLOAT16_BOUND = 1e-2  # worst of many seeds 7e-3
-BFLOAT16_FEW = 3e-2  # for one token, or vectors summed over few: worst 1.5e-2
+# bfloat16, over all routings of a case together: worst of 9,500 cases of 8 tokens 8.3e-3, and
+# 1.1e-2 for gradients of vectors. One routing alone is at the mercy of the few roundings that
+# dominate its 8 tokens: worst 1.9e-2 and 4.2e-2 of 57,000; an assignment lost would be 0.2.
+BFLOAT16_BOUND, BFLOAT16_VECTORS = 1e-2, 1.5e-2
+BFLOAT16_ALONE, BFLOAT16_VECTORS_ALONE = 3e-2, 6e-2
 SMALLEST_GAP = 1e-4  # between logits, so that float32 and float64 choose alike
 
 FULL = {"bias": True, "shared_hidden": 8, "shared_gate": True}
@@ -84,12 +89,13 @@ def draw(rng, config, tokens, routing, devices, dtype=np.float32):
     raise AssertionError("no routing without near ties")
 
 
-def bound_for(name, routing, dtype):
-    """How far, norm-relative, an output or gradient may be off."""
+def bounds_for(name, dtype):
+    """How far an output or gradient may be off, norm-relative: in one routing, in all together."""
     if dtype == np.float32:
-        return FLOAT32_BOUND
-    few = routing == "one_token" or "b_" in name or name == "shared_gate"
-    return BFLOAT16_FEW if few else BFLOAT16_BOUND
+        return FLOAT32_BOUND, FLOAT32_BOUND
+    if "b_" in name or name == "shared_gate":
+        return BFLOAT16_VECTORS_ALONE, BFLOAT16_VECTORS
+    return BFLOAT16_ALONE, BFLOAT16_BOUND
 
 
 def check_kind(routing, want, config, devices):
@@ -111,17 +117,20 @@ def check_kind(routing, want, config, devices):
 def run_case(rng, shape, config, tokens, routings=ROUTINGS, dtype=np.float32, **how):
     """All routings of a case; returns the waves each needed, and the budget."""
     sharded = sharded_layer(shape, config, D, tokens, **how)
-    waves = {}
+    waves, squares = {}, defaultdict(list)
     for routing in routings:
         weights, x, ct, mask, want = draw(rng, config, sharded.num_tokens, routing, shape[1], dtype)
         check_kind(routing, want, config, shape[1])
         run = sharded(weights, x, ct, mask)
         assert run[0].dtype == dtype
-        for name, error in errors(run, want).items():
-            assert error <= bound_for(name, routing, dtype), (
-                f"{routing}: {name} is off by {error:.1e} of its norm"
-            )
+        for name, pair in error_norms(run, want).items():
+            squares[name].append(np.square(pair))
+            error, alone = relative(*pair), bounds_for(name, dtype)[0]
+            assert error <= alone, f"{routing}: {name} is off by {error:.1e} of its norm"
         waves[routing] = check_report(run, want, sharded, how.get("hosts"))
+    for name, pairs in squares.items():
+        error, together = relative(*np.sqrt(np.sum(pairs, axis=0))), bounds_for(name, dtype)[1]
+        assert error <= together, f"{name} is off by {error:.1e} of its norm over all routings"
     return waves, sharded.layer.budget(tokens)
 
 
