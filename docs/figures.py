@@ -155,6 +155,25 @@ def exchange() -> str:
     return table((*headings, "`auto` picks"), rows)
 
 
+def hosts() -> str:
+    """Rows of a token that cross between hosts, by formula, with experts chosen evenly."""
+    from moejax.exchange.budget import probability_of_device
+    from moejax.presets import PRESETS
+
+    rows = []
+    for name in ("mixtral_8x7b", "qwen3_30b_a3b"):
+        router = PRESETS[name]().model.moe.router
+        for count, local in ((2, 4), (2, 8), (4, 8), (8, 8)):
+            devices, experts = count * local, router.num_experts
+            if devices <= experts:
+                one = probability_of_device(experts, experts // devices, router.top_k)
+                host = probability_of_device(experts, experts // count, router.top_k)
+                each, once = (devices - local) * one, (count - 1) * host
+                shape = f"`{name.replace('_', '-')}`"
+                rows.append((shape, f"{count} × {local}", f"{each:.2f}", f"{once:.2f}"))
+    return table(("shape", "hosts × devices", "to every device", "once a host"), rows)
+
+
 def reference_curve() -> str:
     """Held-out bits per byte of the packaged model on the way."""
     result = json.loads((RESULTS / "reference_training.json").read_text())
@@ -162,22 +181,51 @@ def reference_curve() -> str:
     return table(("step", "bits/byte"), pairs)
 
 
-def wire_quality() -> str:
-    """What rounding on the wire costs the packaged model."""
+def wire_quality(columns: bool) -> str:
+    """What rounding on the wire, or sending fewer columns, costs the packaged model."""
     name = "wire_quality"
     result = load(name)
     if result is None:
         return missing(name)
-    body = [
-        (
-            f"`{row['wire']}`" + (", rotated" if row["rotate"] else ""),
-            f"{row['bits_per_byte']:.4f}",
-            "" if row["change"] is None else f"{row['change']:+.2%}",
-            "1" if row["fewer_bytes"] is None else f"{row['fewer_bytes']:.2f}",
+    rows = [row for row in result["rows"] if columns == ("columns" in row or "trained" in row)]
+    if not rows:
+        return missing(name, "has no rows of fewer columns")
+    body = []
+    for row in rows:
+        cells = [f"`{row['wire']}`" + (", rotated" if row["rotate"] else "")]
+        if columns:
+            cells += [*map(str, row.get("columns", ("all", "all"))), f"{row.get('trained', 0)}"]
+        body.append(
+            [
+                *cells,
+                f"{row['bits_per_byte']:.4f}",
+                "" if row["change"] is None else f"{row['change']:+.2%}",
+                "1" if row["fewer_bytes"] is None else f"{row['fewer_bytes']:.2f}",
+            ]
         )
-        for row in result["rows"]
+    ways = ["columns out", "home", "steps of training"] if columns else []
+    headings = ("on the wire", *ways, "bits/byte", "change", "fewer bytes than bfloat16")
+    # Rows of an earlier run say so themselves.
+    own = {key: rows[0][key] for key in ("command", "commit") if key in rows[0]}
+    return table(headings, body) + "\n" + source({**result, **own, "rows": []}, name)
+
+
+def ep_schedule() -> str:
+    """Bytes of the exchange beside expert kernels, in programs that XLA compiled for GPUs."""
+    name = "ep_schedule"
+    result = load(name)
+    if result is None:
+        return missing(name)
+    found: dict[tuple, dict[str, float]] = {}
+    for row in result["rows"]:
+        key = tuple(str(row[k]) for k in ("shape", "mode", "chunks", "pass"))
+        found.setdefault(key, {})[row["options"]] = row["bytes_behind"]
+    ways = ("default", "overlap", "costs")
+    body = [
+        [f"`{shape}`", f"`{mode}`", *rest, *(f"{100 * of[way]:.0f} %" for way in ways)]
+        for (shape, mode, *rest), of in found.items()
     ]
-    headings = ("on the wire", "bits/byte", "change", "fewer bytes than bfloat16")
+    headings = ("shape", "mode", "chunks", "pass", "XLA alone", "two at once", "with costs")
     return table(headings, body) + "\n" + source(result, name)
 
 
@@ -271,9 +319,12 @@ def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu_default": lambda: measured("cpu_default"),
     "reference_model": lambda: measured("reference_model"),
-    "wire_quality": wire_quality,
+    "wire_quality": lambda: wire_quality(columns=False),
+    "ep_schedule": ep_schedule,
+    "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,
     "exchange": exchange,
+    "hosts": hosts,
     "reference_curve": reference_curve,
     "expert_layer": lambda: expert_layer("uniform"),
     "expert_layer_zipf": lambda: expert_layer("zipf"),

@@ -153,7 +153,11 @@ class WireConfig:
         dispatch_grad: gradients of the tokens on the way home.
         combine_grad: gradients of the outputs on the way to the experts.
         rotate: multiply each block with a Hadamard matrix before rounding, and back on arrival; the
-            model width is then a multiple of 128.
+            width of the rows is then a multiple of 128.
+        dispatch_dim: columns r ≤ D of a token on the way to its experts, and of its gradient on the
+            way home: a learned projection, lossy, see `moejax.exchange.reduced`; as part of the
+            model it applies on any number of devices. None sends all D.
+        combine_dim: likewise of an output on the way home, and of its gradient.
     """
 
     dispatch: WireFormat = "compute"
@@ -161,8 +165,15 @@ class WireConfig:
     dispatch_grad: WireFormat = "compute"
     combine_grad: WireFormat = "compute"
     rotate: bool = False
+    dispatch_dim: int | None = None
+    combine_dim: int | None = None
 
     def __post_init__(self) -> None:
+        for name, columns in ("dispatch_dim", self.dispatch_dim), ("combine_dim", self.combine_dim):
+            _require(
+                columns is None or columns >= 1,
+                f"{name}={columns}: a row needs at least 1 column; None sends them all",
+            )
         _require(
             not self.rotate or any(f != "compute" for f in self.formats),
             "rotate=True: nothing is rounded; set a wire format other than 'compute'",
@@ -172,6 +183,14 @@ class WireConfig:
     def formats(self) -> tuple[WireFormat, ...]:
         """Of the four ways: dispatch, combine, and their gradients."""
         return self.dispatch, self.combine, self.dispatch_grad, self.combine_grad
+
+    def widths(self, d_model: int) -> tuple[int, int]:
+        """Columns of a row on the way to the experts, and on the way home.
+
+        Args:
+            d_model: D.
+        """
+        return self.dispatch_dim or d_model, self.combine_dim or d_model
 
 
 EXACT_WIRE = WireConfig()
@@ -190,6 +209,15 @@ class ExchangeConfig:
             the routing.
         capacity_factor: None is dropless. A number bounds each expert to this multiple of its
             even share and drops the rest (arXiv 2101.03961 §2.2): lossy, counted.
+        chunks: a device's tokens are exchanged and computed in this many pieces, so that one may
+            travel while another is computed; with a number of tokens that it does not divide, in
+            the next smaller number that does.
+        reserve_sms: streaming multiprocessors that Hopper's expert kernels leave free, so that
+            transfers beside them find some: the kernels stay on theirs until they end. Others, and
+            8-bit experts, take what they get.
+        host_devices: devices along `expert` that share a host, or a fast link, next to each other;
+            with more of them a row crosses once to each other host and is spread inside it. None
+            sends a row to every device. `bucket_rows` holds for both.
         wire: rounding of what travels; exact by default.
     """
 
@@ -197,6 +225,9 @@ class ExchangeConfig:
     bucket_rows: int | None = None
     bucket_slack: float = 1.5
     capacity_factor: float | None = None
+    chunks: int = 1
+    reserve_sms: int = 0
+    host_devices: int | None = None
     wire: WireConfig = EXACT_WIRE
 
     def __post_init__(self) -> None:
@@ -211,6 +242,12 @@ class ExchangeConfig:
         _require(
             self.capacity_factor is None or self.capacity_factor > 0,
             f"capacity_factor={self.capacity_factor}: must be greater than 0, or None",
+        )
+        _require(self.chunks >= 1, f"chunks={self.chunks}: there is at least 1")
+        _require(self.reserve_sms >= 0, f"reserve_sms={self.reserve_sms}: 0 reserves none")
+        _require(
+            self.host_devices is None or self.host_devices >= 1,
+            f"host_devices={self.host_devices}: a host has at least 1; None for no hierarchy",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,17 +100,31 @@ class ExpertBank(nnx.Module):
             None if self.b_out is None else _once_along_tensor(fetch(self.b_out)),
         )
 
-    def explain(self, config: ExpertsConfig, *, dtype: Any, tensor: int = 1) -> str:
+    def change(self, change: Callable[[ExpertWeights], ExpertWeights]) -> None:
+        """Replaces the stored weights, all slots' together; outside of a shard_map."""
+        b_in, b_out = (None if b is None else b[...] for b in (self.b_in, self.b_out))
+        changed = change(ExpertWeights(self.w_in[...], self.w_out[...], b_in, b_out))
+        self.w_in.set_value(changed.w_in_SDNH)
+        self.w_out.set_value(changed.w_out_SHD)
+        if self.b_in is not None:
+            self.b_in.set_value(changed.b_in_SNH)
+        if self.b_out is not None:
+            self.b_out.set_value(changed.b_out_SD)
+
+    def explain(
+        self, config: ExpertsConfig, widths: tuple[int, int], *, dtype: Any, tensor: int = 1
+    ) -> str:
         """One line: what computes the experts on the default device, and why not something faster.
 
         Args:
             config: as for `run`.
+            widths: columns of the rows that come and of those that go.
             dtype: of the rows.
             tensor: devices that the hidden width is split over.
         """
-        hidden, d_model = self.w_out.shape[1:]
+        (d_model, d_out), hidden = widths, self.w_out.shape[1] // tensor
         return fused.explain(
-            fused.Case(d_model, hidden // tensor, config.activation, dtype, config.bias)
+            fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
         )
 
     def run(
@@ -177,4 +192,5 @@ def run_experts(
         assignments=assignments,
         tiles=tiles,
         activation=config.activation,
+        reserve_sms=budget.reserve_sms,
     )

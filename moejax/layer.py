@@ -23,7 +23,8 @@ from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.exchange import codec
 from moejax.exchange.counters import ExchangeCounters, over_devices
-from moejax.experts import ExpertBank, places_for
+from moejax.exchange.reduced import RowMoments, RowProjections, row_moments
+from moejax.experts import ExpertBank, ExpertWeights, places_for
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
 from moejax.placement.arrays import Placement, home_slots, num_slots, place
@@ -48,6 +49,7 @@ class MoEAux:
     entropy_sum: float32 [], nats, summed over tokens.
     num_tokens: int32 [], unmasked tokens.
     counters: what moved.
+    moments: of the rows, where `MoELayer.measure_rows` asks for them.
     """
 
     losses: RouterLosses
@@ -55,6 +57,7 @@ class MoEAux:
     entropy_sum: Float32[Array, ""]
     num_tokens: Int32[Array, ""]
     counters: ExchangeCounters
+    moments: RowMoments | None = None
 
     def over_devices(self) -> MoEAux:
         """The same of all devices together, inside the shard_map; no gradient."""
@@ -77,7 +80,8 @@ class MoELayer(nnx.Module):
         expert_devices: G, the size of the mesh's `expert` axis.
         rngs: source of the initial weights.
         output_std: standard deviation of the output projections.
-        hosts: the host of each device along `expert`, for the counters; None: one host.
+        hosts: the host of each device along `expert`, for the counters; None: one host. What
+            `ExchangeConfig.host_devices` says goes first.
     """
 
     def __init__(
@@ -90,11 +94,13 @@ class MoELayer(nnx.Module):
         output_std: float = INIT_STD,
         hosts: Sequence[int] | None = None,
     ) -> None:
-        if config.exchange.wire.rotate and d_model % codec.BLOCK:
-            raise UserError(
-                f"d_model={d_model} with rotate=True: a rotated wire needs a multiple of "
-                f"{codec.BLOCK}; leave rotate off"
-            )
+        wire = config.exchange.wire
+        for width in wire.widths(d_model):
+            if wire.rotate and width % codec.BLOCK:
+                raise UserError(
+                    f"rows of {width} columns with rotate=True: a rotated wire needs a multiple of "
+                    f"{codec.BLOCK}; leave rotate off"
+                )
         self.config = config
         self.expert_devices = expert_devices
         self.hosts = None if hosts is None else tuple(hosts)
@@ -120,6 +126,9 @@ class MoELayer(nnx.Module):
         if config.experts.shared_gate:
             gate_D = jax.random.normal(rngs.params(), (d_model,), jnp.float32) * d_model**-0.5
             self.shared_gate = nnx.Param(gate_D, spec=P(), float32=True)
+        self.projections = RowProjections(d_model, wire, rngs=rngs)
+        self.folded = False
+        self.measure_rows = False  # whether a call reports the moments of its rows
 
     def __call__(
         self,
@@ -149,22 +158,64 @@ class MoELayer(nnx.Module):
         routing = self.router(x_TD, token_mask_T=token_mask_T)
         slots_TK, budget, dropped = self._place(routing, placement)
         x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)
-        weights = self.bank.weights(placement, x_TD.dtype)
-        plan = exchange.make_plan(slots_TK, budget)
-        experts = partial(self.bank.run, budget=budget, config=self.config.experts)
-        y_TD = exchange.run_waves(x_in, scores_TK, weights, plan, budget, experts)
+        plans = exchange.make_plans(slots_TK, budget)
+        y_TD = self._routed(x_in, scores_TK, placement, plans, budget)
+        moments = row_moments(x_TD, y_TD, token_mask_T) if self.measure_rows else None
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_in, self.shared)
         y_TD = exit_parallel(y_TD, TENSOR).astype(x_TD.dtype)
-        counters = exchange.count(plan, budget, dropped, self.hosts)
+        counters = exchange.count(plans, budget, dropped, self.hosts)
         return y_TD, MoEAux(
-            routing.losses, routing.counts_E, routing.entropy_sum, routing.num_tokens, counters
+            routing.losses,
+            routing.counts_E,
+            routing.entropy_sum,
+            routing.num_tokens,
+            counters,
+            moments,
         )
+
+    def _routed(
+        self,
+        x_TD: jax.Array,
+        scores_TK: jax.Array,
+        placement: Placement | None,
+        plans: Sequence[exchange.Plan],
+        budget: exchange.Budget,
+    ) -> jax.Array:
+        """Dispatch → experts → combine; float32 [T, D], this tensor rank's term."""
+        projections = self.projections(x_TD.dtype)
+        weights = self.bank.weights(placement, x_TD.dtype)
+        if isinstance(weights, ExpertWeights) and not self.folded:
+            weights = projections.fold(weights)
+        run = partial(self.bank.run, budget=budget.innermost, config=self.config.experts)
+        experts = exchange.inside_hosts(run, budget)
+        rows_TR = projections.narrow(x_TD)
+        y_TR = exchange.run_waves(rows_TR, scores_TK, weights, plans, budget, experts)
+        return projections.widen(y_TR)
+
+    def fold_projections(self) -> None:
+        """Folds the projections into the experts' weights, once and not in every call.
+
+        Afterwards the layer only infers: the weights have lost what the projections leave out.
+        Without projections nothing changes.
+
+        Raises:
+            UserError: it is done already; quantizing does it.
+        """
+        if self.folded or not isinstance(self.bank, ExpertBank):
+            raise UserError(
+                "fold_projections called again: the experts' weights are folded already, "
+                "quantize_experts does it, too; leave the call out"
+            )
+        self.bank.change(self.projections.fold)
+        self.folded = True
 
     def quantize_experts(
         self, dtype: WeightDtype, *, rows: ExpertRows = "compute", tensor: int = 1
     ) -> None:
         """Replaces the routed experts' weights by 8-bit ones; afterwards the layer only infers.
+
+        Projections of the rows are folded into the weights first.
 
         Args:
             dtype: `int8` or `float8_e4m3fn`.
@@ -176,6 +227,8 @@ class MoELayer(nnx.Module):
         """
         if not isinstance(self.bank, ExpertBank):
             raise UserError("quantize_experts called again: the experts are quantized already")
+        if not self.folded:
+            self.fold_projections()
         self.bank = QuantizedExpertBank(self.bank, dtype, rows=rows, tensor=tensor)
 
     def explain(self, tokens: int, *, dtype: Any, tensor: int = 1) -> list[str]:
@@ -190,14 +243,15 @@ class MoELayer(nnx.Module):
             a line for each operation: the backend that serves it, and the others' refusals.
         """
         d_model, experts = self.router.w_DE.shape
-        copies, budget = self.config.router.top_k, self.budget(tokens)
+        copies, budget = self.config.router.top_k, self.budget(tokens).innermost
         rows = -(-budget.assignments // budget.copies)  # that arrive
         places = places_for(budget.slots, budget.assignments)
+        widths = self.config.exchange.wire.widths(d_model)
         return [
             explain_router_product(tokens, d_model, experts, dtype),
             route.explain_top_k(tokens, experts, copies),
             route.explain_sorted_tiles(rows, budget.copies, budget.slots, places),
-            self.bank.explain(self.config.experts, dtype=dtype, tensor=tensor),
+            self.bank.explain(self.config.experts, widths, dtype=dtype, tensor=tensor),
         ]
 
     def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:
@@ -229,7 +283,7 @@ class MoELayer(nnx.Module):
                 experts_TK, routing.scores_TK, num_experts, room
             )
         if placement is not None:
-            return place(experts_TK, placement, budget.slots), budget, dropped
+            return place(experts_TK, placement, budget.innermost.slots), budget, dropped
         home_E = home_slots(num_experts, self.expert_devices)
         if np.array_equal(home_E, np.arange(num_experts)):
             return experts_TK, budget, dropped

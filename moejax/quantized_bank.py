@@ -123,9 +123,11 @@ class QuantizedExpertBank(nnx.Module):
             QuantizedMatrices(fetch(self.w_out_values), fetch(self.w_out_scales)),
         )
 
-    def explain(self, config: ExpertsConfig, *, dtype: Any, tensor: int = 1) -> str:
+    def explain(
+        self, config: ExpertsConfig, widths: tuple[int, int], *, dtype: Any, tensor: int = 1
+    ) -> str:
         """As `ExpertBank.explain`."""
-        _, d_model, hidden = self.w_out_values.shape
+        (d_model, d_out), hidden = widths, self.w_out_values.shape[2]
         return quantized_experts.explain(
             quantized_experts.Case(
                 d_model,
@@ -134,6 +136,7 @@ class QuantizedExpertBank(nnx.Module):
                 dtype,
                 self.w_out_values.dtype,
                 self._kernel_rows,
+                d_out,
             )
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -156,6 +156,7 @@ def _initializer(
     return graph, make
 
 
+@partial(jax.jit, static_argnums=(0, 1))  # else a call outside of jit compiles each operation
 def _apply(mesh: Mesh, graph: Any, params: Any, x_TD: jax.Array, rest: tuple):
     """Output, loss and report; `rest`: other variables, token mask and placement."""
     specs = specs_of(params)

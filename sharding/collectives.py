@@ -13,13 +13,16 @@ wraps the layer for that use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
 from jax import numpy as jnp
 
 __all__ = [
+    "AxisGroups",
     "all_gather",
     "all_to_all",
     "axes_are_bound",
@@ -31,11 +34,33 @@ __all__ = [
     "psum_statistics",
 ]
 
+
+@dataclass(frozen=True)
+class AxisGroups:
+    """A mesh axis in groups of equal size; what is exchanged over it stays within each group.
+
+    axis: the mesh axis.
+    groups: positions along the axis, each in one group; their order in it is that of the exchange.
+    """
+
+    axis: str
+    groups: tuple[tuple[int, ...], ...]
+
+
 AxisNames = str | Sequence[str]
 
 
-def axis_size(axis: AxisNames) -> int:
-    """Number of devices along an axis, or along several together. Static."""
+def _over(axis: AxisNames | AxisGroups) -> dict[str, Any]:
+    """An axis as the arguments of JAX's collectives."""
+    if isinstance(axis, AxisGroups):
+        return {"axis_name": axis.axis, "axis_index_groups": [list(g) for g in axis.groups]}
+    return {"axis_name": axis}
+
+
+def axis_size(axis: AxisNames | AxisGroups) -> int:
+    """Number of devices along an axis, along several together, or in a group. Static."""
+    if isinstance(axis, AxisGroups):
+        return len(axis.groups[0])
     names = (axis,) if isinstance(axis, str) else tuple(axis)
     size = 1
     for name in names:
@@ -51,9 +76,13 @@ def axes_are_bound(axes: Sequence[str]) -> bool:
         return False
 
 
-def axis_index(axis: str) -> jax.Array:
-    """This device's position along an axis; int32 []."""
-    return lax.axis_index(axis)
+def axis_index(axis: str | AxisGroups) -> jax.Array:
+    """This device's position along an axis, or in its group; int32 []."""
+    if not isinstance(axis, AxisGroups):
+        return lax.axis_index(axis)
+    place = {device: i for group in axis.groups for i, device in enumerate(group)}
+    places = jnp.asarray([place[device] for device in range(len(place))], jnp.int32)
+    return places[lax.axis_index(axis.axis)]
 
 
 def psum_statistics(x, axis: AxisNames):
@@ -122,15 +151,15 @@ exit_parallel.defvjp(_exit_fwd, _exit_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def all_gather(x: jax.Array, axis: AxisNames, dim: int = 0) -> jax.Array:
+def all_gather(x: jax.Array, axis: AxisNames | AxisGroups, dim: int = 0) -> jax.Array:
     """Concatenates the devices' pieces along `dim`; backward sums each piece in float32 at home.
 
     Args:
         x: [..., n, ...], any dtype (integers carry no gradient).
-        axis: mesh axis or axes.
+        axis: mesh axis or axes, or groups of one.
         dim: the dimension that grows by the axis size.
     """
-    return lax.all_gather(x, axis, axis=dim, tiled=True)
+    return lax.all_gather(x, axis=dim, tiled=True, **_over(axis))
 
 
 def _gather_fwd(x, axis, dim):
@@ -144,7 +173,7 @@ def _gather_bwd(axis, dim, _, ct):
 all_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def _sum_scatter(x: jax.Array, axis: AxisNames, dim: int) -> jax.Array:
+def _sum_scatter(x: jax.Array, axis: AxisNames | AxisGroups, dim: int) -> jax.Array:
     # An all-to-all of the pieces and a local float32 sum: the bytes of a ring reduce-scatter, but
     # each term is rounded once, not once a hop.
     size = axis_size(axis)
@@ -152,19 +181,19 @@ def _sum_scatter(x: jax.Array, axis: AxisNames, dim: int) -> jax.Array:
         return x
     pieces = x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
     pieces = jnp.moveaxis(pieces, dim, 0)
-    received = lax.all_to_all(pieces, axis, split_axis=0, concat_axis=0)
+    received = lax.all_to_all(pieces, split_axis=0, concat_axis=0, **_over(axis))
     return jnp.sum(received.astype(jnp.float32), axis=0).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def all_to_all(x: jax.Array, axis: str) -> jax.Array:
+def all_to_all(x: jax.Array, axis: str | AxisGroups) -> jax.Array:
     """Device i's x[j] becomes device j's result[i]; backward is the same exchange.
 
     Args:
         x: [G, ...], G the axis size.
-        axis: mesh axis.
+        axis: mesh axis, or groups of one: i and j are then positions in a group.
     """
-    return lax.all_to_all(x, axis, split_axis=0, concat_axis=0)
+    return lax.all_to_all(x, split_axis=0, concat_axis=0, **_over(axis))
 
 
 def _a2a_fwd(x, axis):
@@ -172,7 +201,7 @@ def _a2a_fwd(x, axis):
 
 
 def _a2a_bwd(axis, _, ct):
-    return (lax.all_to_all(ct, axis, split_axis=0, concat_axis=0),)
+    return (lax.all_to_all(ct, split_axis=0, concat_axis=0, **_over(axis)),)
 
 
 all_to_all.defvjp(_a2a_fwd, _a2a_bwd)

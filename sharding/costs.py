@@ -60,6 +60,8 @@ def _layer_size(layer: LayerConfig) -> tuple[int, int, int]:
     if experts.shared_hidden:
         size += _mlp_size(d_model, experts, experts.shared_hidden)
     size += d_model * experts.shared_gate
+    wire = layer.moe.exchange.wire
+    size += d_model * ((wire.dispatch_dim or 0) + (wire.combine_dim or 0))
     one = _mlp_size(d_model, experts, experts.hidden)
     return size + router.num_experts * one, router.num_experts * one, router.top_k * one
 

@@ -33,7 +33,8 @@ def _mlp_parameters(d_model: int, experts: ExpertsConfig, hidden: int) -> int:
 def active_matrix_parameters(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: attention, router, K experts, shared, head.
 
-    The embedding is a lookup and counts nothing; norms and biases are left out.
+    The embedding is a lookup and counts nothing; norms and biases are left out, and so is folding
+    projections of rows into the experts' weights, which is once a step, not a token.
     """
     attention, d_model = config.attention, config.d_model
     heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
@@ -41,9 +42,13 @@ def active_matrix_parameters(config: ModelConfig) -> int:
     for layer in config.layers():
         total += d_model * heads * attention.head_dim
         if layer.moe is not None:
-            experts, router = layer.moe.experts, layer.moe.router
-            hidden = router.top_k * experts.hidden + experts.shared_hidden
-            total += _mlp_parameters(d_model, experts, hidden) + d_model * router.num_experts
+            experts, router, wire = layer.moe.experts, layer.moe.router, layer.moe.exchange.wire
+            total += _mlp_parameters(d_model, experts, experts.shared_hidden)
+            width_in, width_out = wire.widths(d_model)
+            routed = router.top_k * experts.hidden
+            total += routed * (width_in * experts.num_in + width_out)
+            total += d_model * ((wire.dispatch_dim or 0) + (wire.combine_dim or 0))
+            total += d_model * router.num_experts
         elif layer.dense is not None:
             total += _mlp_parameters(d_model, layer.dense, layer.dense.hidden)
     return total

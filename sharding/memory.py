@@ -8,6 +8,8 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from moejax.config import LayerConfig
+from moejax.exchange.budget import Budget
 from moejax.exchange.wire import row_bytes
 from moejax.training.config import TrainConfig
 from sharding.mesh import MeshShape
@@ -110,12 +112,19 @@ def _exchange_bytes(config: TrainConfig, tokens: int, devices: int) -> int:
         if layer.moe is None or devices == 1:
             continue
         budget = layer_budget(layer, tokens, devices)
-        dtype = config.model.compute_dtype
-        sizes = row_bytes(layer.d_model, dtype, budget.copies, budget.wire)
-        sent = budget.tokens if budget.mode == "ring" else budget.received_rows
-        received = budget.received_rows
-        largest = max(largest, (sent + received) * sizes[0] + 2 * received * sizes[1])
+        both = _buckets(config, layer, budget)
+        if budget.inside is not None:
+            both += _buckets(config, layer, budget.inside)
+        largest = max(largest, budget.chunks * both)
     return largest
+
+
+def _buckets(config: TrainConfig, layer: LayerConfig, budget: Budget) -> int:
+    """Bytes of what one chunk sends and receives, both ways."""
+    sizes = row_bytes(layer.d_model, config.model.compute_dtype, budget.copies, budget.wire)
+    sent = budget.tokens if budget.mode == "ring" else budget.received_rows
+    received = budget.received_rows
+    return (sent + received) * sizes[0] + 2 * received * sizes[1]
 
 
 def kept_for_backward(jaxpr: Any) -> int:

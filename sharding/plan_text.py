@@ -9,6 +9,7 @@ from sharding.mesh import AXES
 from sharding.traffic import Crossing
 
 if TYPE_CHECKING:
+    from moejax.exchange.budget import Budget
     from sharding.planner import Plan
 
 __all__ = ["format_bytes", "format_count", "format_plan"]
@@ -85,11 +86,21 @@ def _model(plan: Plan) -> Iterator[str]:
     yield _fact("a step", f"{text}; {format_count(flops.step * tokens)}FLOP".replace("  ", " "))
     for layers, budget in plan.exchanges:
         text = f"{_number(layers, 'layer')}: {budget.mode} ({budget.reason})"
+        text += f", in {budget.chunks} chunks" if budget.chunks > 1 else ""
         yield _fact("exchange", text)
-        if budget.mode != "local":
-            waves = "one wave" if budget.single_wave else "more waves if a bucket overflows"
-            expected = f"{budget.rows} rows a bucket, {budget.assignments} assignments a device"
-            yield _fact("", f"{expected}; {waves}")
+        yield from _room(budget)
+        if budget.inside is not None:
+            inside = budget.inside
+            yield _fact("", f"between {budget.devices} hosts; in each {inside.devices} devices:")
+            yield _fact("", f"{inside.mode} ({inside.reason})")
+            yield from _room(inside)
+
+
+def _room(budget: Budget) -> Iterator[str]:
+    if budget.mode != "local":
+        waves = "one wave" if budget.single_wave else "more waves if a bucket overflows"
+        expected = f"{budget.rows} rows a bucket, {budget.assignments} assignments a device"
+        yield _fact("", f"{expected}; {waves}")
 
 
 def _number(count: int, noun: str) -> str:
@@ -142,6 +153,6 @@ def _collectives(plan: Plan) -> Iterator[str]:
 def _table(crossings: Iterable[Crossing]) -> Iterator[str]:
     yield f"  {'collective':<20}{'':<12}{'kind':<16}{'over':<24}{'times':>12}{'bytes':>12}"
     for c in crossings:
-        over = " × ".join(c.axes)
+        over = " × ".join(c.axes) + (f", {c.part}" if c.part else "")
         row = f"  {c.name:<20}{c.phase:<12}{c.kind:<16}{over:<24}{c.times:>12}"
         yield f"{row}{format_bytes(c.sent):>12}"

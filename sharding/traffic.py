@@ -23,6 +23,7 @@ __all__ = ["Crossing", "add_up", "collectives_of", "live_jaxpr", "sent_bytes", "
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "permute"]
 Phase = Literal["forward", "recomputed", "backward", ""]
+Part = Literal["inside hosts", "between hosts", ""]
 
 KINDS: dict[str, Kind] = {
     "psum": "all-reduce",
@@ -53,6 +54,8 @@ class Crossing:
     sent: bytes that a device sends a step.
     extra: it is in a loop whose length the data decide (further waves of an exchange); times and
         bytes are then those of one turn of each such loop.
+    part: of an axis in groups: `inside hosts` where they are of neighbours, `between hosts` where
+        they are not; empty for whole axes.
     """
 
     name: str
@@ -62,11 +65,12 @@ class Crossing:
     times: int
     sent: float
     extra: bool = False
+    part: Part = ""
 
     @property
     def key(self) -> tuple:
         """What distinguishes rows of a table."""
-        return (self.name, self.phase, self.kind, self.axes, self.extra)
+        return (self.name, self.phase, self.kind, self.axes, self.extra, self.part)
 
 
 def sent_bytes(kind: Kind, devices: int, operand: float) -> float:
@@ -96,6 +100,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("gradients", "global_norm", "gradient norm"),
     ("losses", "router_losses", "router statistics"),
     ("plan", "make_plan", "number of waves"),
+    ("hierarchy", "make_plans", "number of waves"),
     ("capacity", "drop_over_capacity", "capacity counts"),
     ("arrays", "gather_bank", "replica gather"),
     ("modes", "dispatch", "dispatch"),
@@ -171,10 +176,18 @@ def _walk(jaxpr: Any, sizes: Mapping[str, int], around: Crossing, stack: str) ->
         primitive, inside = eqn.primitive.name, f"{stack}/{eqn.source_info.name_stack}"
         axes, name = _mesh_axes(eqn, sizes), around.name or where(eqn)
         if primitive in KINDS:
-            kind, devices = KINDS[primitive], math.prod(sizes[a] for a in axes)
+            kind, (devices, part) = KINDS[primitive], _group(eqn, axes, sizes)
             operand = sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.invars)
             sent = around.times * sent_bytes(kind, devices, operand)
-            yield replace(around, name=name, phase=_phase(inside), kind=kind, axes=axes, sent=sent)
+            yield replace(
+                around,
+                name=name,
+                phase=_phase(inside),
+                kind=kind,
+                axes=axes,
+                sent=sent,
+                part=part,
+            )
             continue
         if axes and primitive not in LOCAL:
             raise NotImplementedError(f"{primitive} over {axes}: its bytes are not known")
@@ -208,6 +221,16 @@ def _mesh_axes(eqn: Any, sizes: Mapping[str, int]) -> tuple[str, ...]:
     names = eqn.params.get("axes", eqn.params.get("axis_name", ()))
     names = names if isinstance(names, (tuple, list)) else (names,)
     return tuple(n for n in names if isinstance(n, str) and sizes.get(n, 1) > 1)
+
+
+def _group(eqn: Any, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, Part]:
+    """Devices that take part in a collective together, and where they are."""
+    groups = eqn.params.get("axis_index_groups")
+    if groups is None:
+        return math.prod(sizes[a] for a in axes), ""
+    first = groups[0]
+    near = max(first) - min(first) + 1 == len(first)
+    return len(first), "inside hosts" if near else "between hosts"
 
 
 def _phase(stack: str) -> Phase:

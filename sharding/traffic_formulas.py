@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from moejax.training.config import TrainConfig
 from sharding.gradients import missing_axes
 from sharding.mesh import AXES, DATA, EXPERT, TENSOR, TOKEN_AXES, MeshShape
 from sharding.specs import axes_of
-from sharding.traffic import Crossing, Kind, Phase, add_up, sent_bytes
+from sharding.traffic import Crossing, Kind, Part, Phase, add_up, sent_bytes
 from sharding.zero import Storage
 
 __all__ = [
@@ -182,6 +183,10 @@ class _Formulas:
                 yield self.one("MLP", "backward", "all-reduce", TENSOR, layer.d_model * self.item)
         if experts.shared_gate:
             yield self.one("experts", "backward", "all-reduce", TENSOR, 4 * layer.d_model)
+        wire = layer.moe.exchange.wire
+        for columns in (wire.dispatch_dim, wire.combine_dim):
+            projection = (columns or 0) * layer.d_model * self.item
+            yield self.one("experts", "backward", "all-reduce", TENSOR, projection)
         if router.load_balance_coef or router.z_loss_coef:
             counts = 4 * router.num_experts
             yield from self.forward("router statistics", "all-reduce", TOKEN_AXES, counts)
@@ -196,27 +201,70 @@ class _Formulas:
             yield from self.forward("capacity counts", "all-gather", EXPERT, counts)
         if not budget.single_wave:
             yield from self.forward("number of waves", "all-reduce", TOKEN_AXES, 4)
-        if budget.mode == "local":
+        if budget.inside is None:
+            if budget.mode != "local":
+                further = int(not budget.single_wave)
+                yield from self.level(layer, budget, budget.chunks, further)
             return
-        rows = budget.received_rows
+        yield from self.agreement_inside(budget, budget.inside)
+        outer, inner = (1 + (not level.single_wave) for level in (budget, budget.inside))
+        chunks = budget.chunks
+        yield from self.level(layer, budget, chunks, outer - 1, "between hosts")
+        # A further wave inside the first between hosts, and a first and a further one in the next.
+        further = outer * inner - 1
+        yield from self.level(layer, budget.inside, chunks, further, "inside hosts")
+
+    def agreement_inside(self, outer: Budget, inner: Budget) -> Iterator[Crossing]:
+        """Counts of what will arrive, for the counters and the number of waves."""
+        counts = 2 * 4 * outer.most_waves * outer.devices * inner.devices
+        times = self.config.accumulate * outer.chunks
+        sent = times * sent_bytes("all-to-all", outer.devices, counts)
+        known = Crossing("number of waves", "forward", "all-to-all", (EXPERT,), times, sent)
+        known = replace(known, part="between hosts")
+        yield known
+        if not inner.single_wave:
+            if self.model_config.remat != "none":
+                yield replace(known, phase="recomputed")
+            yield from self.forward(
+                "number of waves", "all-reduce", TOKEN_AXES, 4 * outer.most_waves
+            )
+
+    def level(
+        self, layer: LayerConfig, budget: Budget, chunks: int, further: int, part: Part = ""
+    ) -> Iterator[Crossing]:
+        """The rows of an exchange, or of one of its two levels.
+
+        `chunks` are those of the outer level, `further` its further waves if each loop turns once.
+        """
+        rows, times = budget.received_rows, self.config.accumulate * chunks
         # A ring's tokens carry slots and scores of all their experts everywhere.
         copies = budget.top_k if budget.mode == "ring" else budget.copies
         dtype = self.model_config.compute_dtype
         sizes = row_bytes(layer.d_model, dtype, copies, budget.wire)
-        out: tuple[Kind, int] = ("all-to-all", rows * sizes[0])
+        out: tuple[int, Kind] = (rows * sizes[0], "all-to-all")
         if budget.mode == "ring":
-            out = ("all-gather", budget.tokens * sizes[0])
+            out = (budget.tokens * sizes[0], "all-gather")
         home, back, again = (rows * size for size in sizes[1:])
-        yield from self.forward("dispatch", out[0], EXPERT, out[1])
-        yield self.one("dispatch", "backward", "all-to-all", EXPERT, back)
-        yield self.one("combine", "forward", "all-to-all", EXPERT, home)
-        yield self.one("combine", "backward", "all-to-all", EXPERT, again)
-        if not budget.single_wave:
+
+        def way(name: str, phase: Phase, operand: int, kind: Kind = "all-to-all") -> Crossing:
+            extra = name == "further wave"
+            often = times * (further if extra else 1)
+            sent = often * sent_bytes(kind, budget.devices, operand)
+            return Crossing(name, phase, kind, (EXPERT,), often, sent, extra, part)
+
+        yield way("dispatch", "forward", *out)
+        if self.model_config.remat != "none":
+            yield way("dispatch", "recomputed", *out)
+        yield way("dispatch", "backward", back)
+        yield way("combine", "forward", home)
+        yield way("combine", "backward", again)
+        if further:
+            yield way("further wave", "forward", *out)
+            yield way("further wave", "forward", home)
             # The backward of a further wave dispatches its rows once more.
-            for kind, operand in (out, ("all-to-all", home)):
-                yield self.one("further wave", "forward", kind, EXPERT, operand, extra=True)
-            for kind, operand in (out, ("all-to-all", again), ("all-to-all", back)):
-                yield self.one("further wave", "backward", kind, EXPERT, operand, extra=True)
+            yield way("further wave", "backward", *out)
+            yield way("further wave", "backward", again)
+            yield way("further wave", "backward", back)
 
     def loss(self) -> Iterator[Crossing]:
         tokens, chunk, again = self.tokens, self.config.loss_chunk, False

@@ -155,15 +155,16 @@ def _maps(ids, slots):
     return {"place": place, "copy": copy, "sizes": sizes}
 
 
-def layer_arrays(rng, ids, *, slots, d_model, hidden, parts, biases=False):
+def layer_arrays(rng, ids, *, slots, d_model, hidden, parts, d_out=None, biases=False):
+    d_out = d_out or d_model
     arrays = {
         "x": draw(rng, len(ids), d_model),
         "w_in": draw(rng, slots, d_model, parts, hidden, scale=d_model**-0.5),
-        "w_out": draw(rng, slots, hidden, d_model, scale=hidden**-0.5),
+        "w_out": draw(rng, slots, hidden, d_out, scale=hidden**-0.5),
         "scores": (0.1 + rng.random(ids.shape)).astype(np.float32) * (ids < slots),
     }
     if biases:
-        arrays |= {"b_in": draw(rng, slots, parts, hidden), "b_out": draw(rng, slots, d_model)}
+        arrays |= {"b_in": draw(rng, slots, parts, hidden), "b_out": draw(rng, slots, d_out)}
     return arrays
 
 
@@ -195,7 +196,7 @@ def exact_layer(arrays, ids, ct, activation):
 def fused_problem(rng, ids, *, slots, activation="swiglu", **shapes):
     parts = 2 if activation in ("swiglu", "geglu") else 1
     arrays = layer_arrays(rng, ids, slots=slots, parts=parts, **shapes)
-    ct = draw(rng, *arrays["x"].shape)
+    ct = draw(rng, len(ids), arrays["w_out"].shape[2])
     results = exact_layer(arrays, ids, ct, activation)
     return Problem(
         _fused,
@@ -220,17 +221,17 @@ def _requantized(a):
     return np.asarray(jax.jit(rows_through_float8)(a.astype(np.float32)), np.float64)
 
 
-def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", d_model, hidden):
+def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", **widths):
     """Exact for the quantized weights, and for rows and hidden values rounded where rows are."""
     parts = 2 if activation in ("swiglu", "geglu") else 1
-    arrays = layer_arrays(rng, ids, slots=slots, parts=parts, d_model=d_model, hidden=hidden)
+    arrays = layer_arrays(rng, ids, slots=slots, parts=parts, **widths)
     q_in = quantize(jnp.swapaxes(jnp.asarray(arrays["w_in"]), 1, 2), dtype)
     q_out = quantize(jnp.asarray(arrays["w_out"]), dtype)
     problem_arrays = {**arrays, "w_in": q_in, "w_out": q_out}
     arrays |= {"w_in": np.swapaxes(expand(q_in), 1, 2), "w_out": expand(q_out)}
     if rows == "float8":
         arrays["x"] = _requantized(arrays["x"])
-    zeros = np.zeros(arrays["x"].shape)
+    zeros = np.zeros((len(ids), arrays["w_out"].shape[2]))
     should, _ = exact_layer(arrays, ids, zeros, activation)
     exact = should["out"]
     if rows == "float8":
@@ -252,5 +253,5 @@ def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", d_mo
         None,
         {"out": exact},
         plain=(plain, should),
-        hidden_values=np.count_nonzero(ids < slots) * hidden,
+        hidden_values=np.count_nonzero(ids < slots) * arrays["w_out"].shape[1],
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import cache
 
 import jax
 import numpy as np
+from brute_counters import brute_counters
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from oracle import Dense, Result, dense_moe, relative_error
 
 from moejax.config import MoEConfig
-from moejax.exchange.budget import Budget
 from moejax.layer import MoELayer
 from moejax.placement.arrays import home_slots
 from sharding.gradients import reduce_gradients
@@ -36,6 +35,8 @@ PATHS = {
     "shared_b_in": ("shared", "b_in"),
     "shared_b_out": ("shared", "b_out"),
     "shared_gate": ("shared_gate",),
+    "u": ("projections", "u_DR"),
+    "v": ("projections", "v_DR"),
 }
 
 
@@ -216,46 +217,6 @@ def check_report(
     assert found == expected
     assert (run[4] == expected["waves"]).all(), "devices disagree on the number of waves"
     return expected["waves"]
-
-
-def brute_waves(slots_TK, budget: Budget) -> tuple[int, Counter]:
-    """Waves of one source by walking its tokens, and its rows for each device.
-
-    The rule: of one (source, device) pair a row opens a new wave for every C rows that went before,
-    and for every `quota` assignments, unless C rows cannot hold more than that.
-    """
-    tight = budget.quota < budget.rows * min(budget.top_k, budget.slots)
-    rows, assigned, last = Counter(), Counter(), 0
-    for token in slots_TK:
-        needed = Counter(int(s) // budget.slots for s in token if s >= 0)
-        for device, count in needed.items():
-            wave = rows[device] // budget.rows
-            wave += assigned[device] // budget.quota if tight else 0
-            last = max(last, wave)
-            rows[device] += 1
-            assigned[device] += count
-    return last + 1, rows
-
-
-def brute_counters(slots_STK, budget: Budget, hosts=None) -> dict[str, int]:
-    """Counters summed over all sources (data × expert, expert fastest), nothing being dropped."""
-    hosts = [0] * budget.devices if hosts is None else hosts
-    waves = max(brute_waves(s, budget)[0] for s in slots_STK)
-    total = dict.fromkeys(("rows_self", "rows_host", "rows_network", "rows_padding"), 0)
-    for source, slots_TK in enumerate(slots_STK):
-        me = source % budget.devices
-        away = 0
-        for device, count in brute_waves(slots_TK, budget)[1].items():
-            if device == me:
-                total["rows_self"] += count
-                continue
-            away += count
-            near = hosts[device] == hosts[me]
-            total["rows_host" if near else "rows_network"] += count
-        sent = {"local": 0, "ring": budget.tokens, "all_to_all": budget.rows}[budget.mode]
-        total["rows_padding"] += waves * (budget.devices - 1) * sent - away
-    assigned = int((slots_STK >= 0).sum())
-    return total | {"waves": waves, "assignments": assigned, "dropped": 0}
 
 
 def run_oracle(config: MoEConfig, weights, x, ct, mask=None, kept=None) -> Result:

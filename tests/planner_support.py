@@ -95,6 +95,27 @@ CASES = {
             model={"remat": "layer"},
         ),
     ),
+    "buckets in four chunks": (
+        (2, 4, 1),
+        run_config(exchange={"mode": "all_to_all", "bucket_rows": 3, "chunks": 4}),
+    ),
+    "two hosts of two, in two chunks": (
+        (2, 4, 1),
+        run_config(
+            exchange={"mode": "all_to_all", "bucket_rows": 3, "chunks": 2, "host_devices": 2},
+            model={"remat": "layer"},
+        ),
+    ),
+    "rounded between two hosts, everything fits": (
+        (1, 4, 2),
+        run_config(
+            exchange={
+                "bucket_slack": math.inf,
+                "host_devices": 2,
+                "wire": WireConfig("int8", "int8", "int8", "int8"),
+            },
+        ),
+    ),
     "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
     "one device": ((1, 1, 1), run_config()),
 }

@@ -54,8 +54,8 @@ def routed(rng, tokens, routing):
     return ids
 
 
-def problem(rng, operation, ids, *, slots=SLOTS, width=WIDTH, hidden=WIDTH):
-    shapes = {"slots": slots, "d_model": width, "hidden": hidden}
+def problem(rng, operation, ids, *, slots=SLOTS, width=WIDTH, hidden=WIDTH, out=None):
+    shapes = {"slots": slots, "d_model": width, "hidden": hidden, "d_out": out}
     if operation == "grouped_matmul":
         sizes = np.bincount(ids[:, 0], minlength=slots)[:slots]
         return grouped_problem(rng, sizes, rows=len(ids), k=width, n=hidden)
@@ -92,6 +92,15 @@ def test_without_gradient(rng, backend):
 @every
 def test_one_expert_and_one_row(rng, operation, backend):
     case = problem(rng, operation, np.zeros((1, 1), int), slots=1)
+    case.check(case.run(backend))
+
+
+@pytest.mark.parametrize(
+    "backend,operation", [p for p in OPERATIONS if p.values[1] != "grouped_matmul"]
+)
+def test_outputs_of_another_width(rng, operation, backend):
+    """As in an exchange that sends fewer columns one way."""
+    case = problem(rng, operation, routed(rng, 37, "mixed"), width=128, out=256)
     case.check(case.run(backend))
 
 

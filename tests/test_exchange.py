@@ -7,11 +7,11 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
+from brute_counters import brute_counters, brute_waves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
-from moe_harness import brute_counters, brute_waves
 
 from moejax import exchange
 from moejax.config import ExchangeConfig
@@ -46,7 +46,11 @@ def make_budget(shape, mode="all_to_all") -> Budget:
 @cache
 def plan_all(budget: Budget):
     """Plans of all sources together; vmap stands for the devices along `expert`."""
-    one = partial(exchange.make_plan, budget=budget, axes=EXPERT)
+
+    def one(slots_TK):
+        (plan,) = exchange.make_plans(slots_TK, budget, EXPERT)
+        return plan
+
     return jax.jit(jax.vmap(one, axis_name=EXPERT))
 
 
@@ -150,7 +154,7 @@ def test_plan_agrees_over_the_mesh(rng):
     slots[3] = 0  # the last source sends 4 rows to device 0
 
     def body(slots_TK):
-        return exchange.make_plan(slots_TK, budget).num_waves[None]
+        return exchange.make_plans(slots_TK, budget)[0].num_waves[None]
 
     tokens = P(("data", EXPERT))
     run = jax.shard_map(
@@ -176,8 +180,8 @@ def test_counters(rng, mode, hosts):
     hosts = (0,) if mode == "local" and hosts else hosts
 
     def one(slots_TK):
-        plan = exchange.make_plan(slots_TK, budget, EXPERT)
-        return exchange.count(plan, budget, jnp.int32(0), hosts)
+        plans = exchange.make_plans(slots_TK, budget, EXPERT)
+        return exchange.count(plans, budget, jnp.int32(0), hosts)
 
     slots = draw_slots(rng, budget, rng.choice(KINDS[:3]))
     counters = jax.jit(jax.vmap(one, axis_name=EXPERT))(slots)

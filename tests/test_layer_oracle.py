@@ -37,7 +37,9 @@ FULL = {"bias": True, "shared_hidden": 8, "shared_gate": True}
 ROUTINGS = ("random", "empty_expert", "one_expert", "one_device", "one_token", "no_token")
 
 
-def moe(num_experts, top_k, mode="auto", rows=None, *, slack=1.5, renormalize=True, **experts):
+def moe(
+    num_experts, top_k, mode="auto", rows=None, *, slack=1.5, chunks=1, renormalize=True, **experts
+):
     return MoEConfig(
         RouterConfig(
             num_experts=num_experts,
@@ -48,7 +50,7 @@ def moe(num_experts, top_k, mode="auto", rows=None, *, slack=1.5, renormalize=Tr
             bias=True,
         ),
         ExpertsConfig(**({"hidden": 8} | experts)),
-        ExchangeConfig(mode=mode, bucket_rows=rows, bucket_slack=slack),
+        ExchangeConfig(mode=mode, bucket_rows=rows, bucket_slack=slack, chunks=chunks),
     )
 
 

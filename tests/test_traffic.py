@@ -155,6 +155,13 @@ def groups_of(rest: str) -> np.ndarray:
     explicit = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", rest)
     if explicit:
         return np.array([[int(n) for n in g.split(",")] for g in explicit[1][1:-1].split("},{")])
+    named = re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest)
+    if named:  # from jax 0.11 on
+        sizes = {a: int(n) for a, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        among = re.findall(r"'(\w+)'", named[2])
+        order = [list(sizes).index(a) for a in [*(a for a in sizes if a not in among), *among]]
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        return devices.transpose(order).reshape(-1, math.prod(sizes[a] for a in among))
     found = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     assert found, rest
     shape, dims, order = ([int(n) for n in g.split(",")] if g else None for g in found.groups())

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from wire_support import run_sharded
+from wire_support import large_rows_alone, run_sharded  # noqa: F401 (a fixture)
 
 from moejax.config import EXACT_WIRE
 from moejax.exchange.wire import exchange_rows, pack, row_bytes, unpack
@@ -42,6 +42,7 @@ def test_pack_round_trip(rng):
         assert np.array_equal(np.asarray(back).view(np.uint8), part.view(np.uint8))
 
 
+@pytest.mark.usefixtures("large_rows_alone")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_exchange_rows_and_its_gradient(rng, dtype):
     """Bits arrive as they were; cotangents go the same way back, the scores' in float32."""

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 from oracle import relative_error
-from wire_support import run_sharded
+from wire_support import large_rows_alone, run_sharded  # noqa: F401 (a fixture)
 
 from moejax.config import (
     EXACT_WIRE,
@@ -102,6 +102,7 @@ def swapped(x, devices=4):
     return np.swapaxes(x.reshape(devices, devices, -1, x.shape[1]), 0, 1).reshape(x.shape)
 
 
+@pytest.mark.usefixtures("large_rows_alone")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_each_way_has_its_format(rng, dtype):
     """Rounded as by the codec alone, backwards too; scores and ids exactly."""
@@ -134,6 +135,7 @@ def test_each_way_has_its_format(rng, dtype):
         assert np.array_equal(value, expected)
 
 
+@pytest.mark.usefixtures("large_rows_alone")
 def test_gathered_tokens(rng):
     x, ct = rng.normal(size=(12, 130)).astype(np.float32), rng.normal(size=(48, 130))
     ct = ct.astype(np.float32)
@@ -214,6 +216,6 @@ def test_refusals():
     with pytest.raises(UserError, match="rotate=True: nothing is rounded"):
         WireConfig(rotate=True)
     config = MoEConfig(exchange=ExchangeConfig(wire=WireConfig("int8", rotate=True)))
-    with pytest.raises(UserError, match="d_model=64 with rotate=True: a rotated wire needs"):
+    with pytest.raises(UserError, match="rows of 64 columns with rotate=True: a rotated"):
         ShardedMoELayer(64, config, mesh=make_mesh(MeshShape()), rngs=nnx.Rngs(0))
     assert dataclasses.asdict(EXACT_WIRE)["dispatch"] == "compute"

@@ -3,8 +3,9 @@
 from moejax.exchange.budget import Budget, choose
 from moejax.exchange.capacity import drop_over_capacity, expert_capacity
 from moejax.exchange.counters import ExchangeCounters, count
+from moejax.exchange.hierarchy import inside_hosts, make_plans
 from moejax.exchange.modes import Rows, combine, dispatch
-from moejax.exchange.plan import Plan, make_plan
+from moejax.exchange.plan import Plan
 from moejax.exchange.waves import run_waves
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "dispatch",
     "drop_over_capacity",
     "expert_capacity",
-    "make_plan",
+    "inside_hosts",
+    "make_plans",
     "run_waves",
 ]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moejax.config import EXACT_WIRE, ExchangeConfig, WireConfig
 from moejax.errors import UserError
+from sharding.collectives import AxisGroups
+from sharding.mesh import EXPERT
 
 __all__ = ["Budget", "choose", "probability_of_device"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The static sizes of an exchange.
+    """The static sizes of an exchange, of one chunk of a device's tokens.
 
     mode: `local`, `all_to_all` or `ring`.
-    devices: G.   slots: S, a device.   tokens: T, a device.   top_k: K.
+    devices: G.   slots: S, a device.   tokens: T, a device, in one chunk.   top_k: K.
     copies: J = min(K, S), the most assignments of one token on one device.
     rows: C, rows a (source, device) pair may send in one wave.
     quota: assignments after which a pair's next row opens a new wave; a wave of a pair holds at
         most quota + J − 1.
     reason: why this mode, for people.
     wire: rounding of what travels.
+    chunks: how many of them a device's tokens are cut into.
+    reserve_sms: multiprocessors that expert kernels leave to transfers.
+    axis: what it runs over: all devices along `expert`, or groups of them.
+    inside: of an exchange between hosts: the exchange inside a host that spreads what arrived. The
+        outer one's "devices" are then hosts, its slots those of a whole host, and the inner one's
+        tokens are the outer one's received rows.
     """
 
     mode: str
@@ -34,6 +42,15 @@ class Budget:
     quota: int
     reason: str
     wire: WireConfig = EXACT_WIRE
+    chunks: int = 1
+    axis: str | AxisGroups = EXPERT
+    inside: Budget | None = None
+    reserve_sms: int = 0
+
+    @property
+    def innermost(self) -> Budget:
+        """The exchange whose rows the experts compute."""
+        return self if self.inside is None else self.inside
 
     @property
     def copies(self) -> int:
@@ -55,6 +72,12 @@ class Budget:
     def single_wave(self) -> bool:
         """True when no routing can need a further wave."""
         return self.rows >= self.tokens and self.quota >= self.tokens * self.copies
+
+    @property
+    def most_waves(self) -> int:
+        """As many as a routing can need."""
+        by_assignments = (self.tokens * self.copies - 1) // self.quota
+        return (self.tokens - 1) // self.rows + 1 + by_assignments
 
     @property
     def moved_rows(self) -> int:
@@ -94,30 +117,79 @@ def choose(
     `auto` compares the bytes that leave a device: all_to_all sends C rows to each other device,
     ring T. With equal bytes ring wins, because it needs no permutation of the rows.
 
+    The tokens are cut into as many chunks as asked for, or the next smaller number that divides
+    them. With several hosts of several devices each (`host_devices`) there are two exchanges, one
+    inside the other, each with buckets and mode of its own.
+
     Raises:
-        UserError: mode `local` with more than one device.
+        UserError: mode `local` with more than one device, or hosts of different sizes.
     """
-    copies = min(top_k, slots)
     if devices == 1:
-        return Budget("local", 1, slots, tokens, top_k, tokens, tokens * copies, "one device")
+        full = tokens * min(top_k, slots)
+        return Budget("local", 1, slots, tokens, top_k, tokens, full, "one device")
     if config.mode == "local":
         raise UserError(
             f"exchange mode 'local' with expert={devices} devices: tokens must travel; use 'auto'"
         )
+    chunks = next(n for n in range(max(1, min(config.chunks, tokens)), 0, -1) if tokens % n == 0)
+    tokens //= chunks
+    local = config.host_devices or devices
+    if local > 1 and local < devices and devices % local:
+        raise UserError(
+            f"host_devices={local} with expert={devices} devices: every host must have as many; "
+            f"use a divisor of {devices}, None, or another mesh"
+        )
     hit = probability_of_device(num_experts, slots, top_k)
-    rows = config.bucket_rows or _with_slack(tokens * hit, config.bucket_slack, tokens)
-    rows = min(rows, tokens)
-    per_row = top_k / devices / hit
-    full = rows * copies
-    bucket_quota = _with_slack(rows * per_row, max(1.0, config.bucket_slack), full)
-    ring_quota = _with_slack(tokens * top_k / devices, config.bucket_slack, tokens * copies)
+    share = top_k / devices  # assignments of a token on one device
+    if local == 1 or local >= devices:
+        flat = Budget("", devices, slots, tokens, top_k, 0, 0, "", config.wire, chunks)
+        flat = replace(flat, reserve_sms=config.reserve_sms)
+        return _sized(flat, config, "device", tokens, hit, share)
+    hosts, of_host = devices // local, slots * local
+    host_hit = probability_of_device(num_experts, of_host, top_k)
+    between, within = _groups(hosts, local)
+    outer = Budget("", hosts, of_host, tokens, top_k, 0, 0, "", config.wire, chunks, between)
+    outer = _sized(outer, config, "host", tokens, host_hit, share * local)
+    copies = top_k if outer.mode == "ring" else outer.copies
+    # Rounding pays where links are slow; columns that were left out stay so.
+    wire = replace(
+        EXACT_WIRE, dispatch_dim=config.wire.dispatch_dim, combine_dim=config.wire.combine_dim
+    )
+    inner = Budget("", local, slots, outer.received_rows, copies, 0, 0, "", wire, 1, within)
+    inner = replace(inner, reserve_sms=config.reserve_sms)
+    return replace(outer, inside=_sized(inner, config, "device", hosts * tokens, hit, share))
 
-    mode, wire = config.mode, config.wire
+
+def _sized(
+    budget: Budget, config: ExchangeConfig, other: str, sources: int, hit: float, share: float
+) -> Budget:
+    """Completes a budget with mode, reason, C and quota.
+
+    Args:
+        budget: without them.
+        config: of the exchange.
+        other: what it sends to, for people.
+        sources: tokens that may have a row for a destination.
+        hit: probability that one has.
+        share: its expected assignments there.
+    """
+    tokens, copies, slack = budget.tokens, budget.copies, config.bucket_slack
+    bucket = min(config.bucket_rows or _with_slack(sources * hit, slack, tokens), tokens)
+    mode, reason = config.mode, "asked for"
     if mode == "auto":
-        mode = "all_to_all" if rows < tokens else "ring"
-        reason = f"{rows} rows to each other device by buckets, {tokens} by a ring"
-    else:
-        reason = "asked for"
+        mode = "all_to_all" if bucket < tokens else "ring"
+        reason = f"{bucket} rows to each other {other} by buckets, {tokens} by a ring"
     if mode == "ring":
-        return Budget("ring", devices, slots, tokens, top_k, tokens, ring_quota, reason, wire)
-    return Budget("all_to_all", devices, slots, tokens, top_k, rows, bucket_quota, reason, wire)
+        bucket, quota = tokens, _with_slack(sources * share, slack, tokens * copies)
+    else:
+        quota = _with_slack(bucket * (share / hit), max(1.0, slack), bucket * copies)
+    return replace(budget, mode=mode, reason=reason, rows=bucket, quota=quota)
+
+
+def _groups(hosts: int, local: int) -> tuple[AxisGroups, AxisGroups]:
+    """The devices along `expert` with one place in their host each, and those of one host each."""
+    place = [[host * local + i for i in range(local)] for host in range(hosts)]
+    return (
+        AxisGroups(EXPERT, tuple(zip(*place, strict=True))),
+        AxisGroups(EXPERT, tuple(map(tuple, place))),
+    )

@@ -17,7 +17,6 @@ from moejax.exchange.plan import Plan, select_wave
 from moejax.exchange.wire import exchange_rows, gather_tokens, return_rows
 from pallas_kernels.row_map import RowMap, gather_rows, sum_rows
 from sharding import collectives
-from sharding.mesh import EXPERT
 
 __all__ = ["Rows", "combine", "dispatch"]
 
@@ -32,12 +31,14 @@ class Rows:
     ids_RJ: int32 local slots, from 0 to S − 1; others for none.
     home: what the way back needs on the source: bucket rows of its tokens; None where rows are
         tokens.
+    waves_inside: int32 [], waves in which the rows travel on inside a host; None where they do not.
     """
 
     x_RD: Float[Array, "R D"]
     scores_RJ: Float32[Array, "R J"]
     ids_RJ: Int32[Array, "R J"]
     home: RowMap | None
+    waves_inside: Int32[Array, ""] | None = None
 
 
 def dispatch(
@@ -79,7 +80,7 @@ def combine(y_RD: Float[Array, "R D"], rows: Rows, budget: Budget) -> Float32[Ar
     """
     if budget.mode == "local":
         return y_RD.astype(jnp.float32)
-    back_MD = return_rows(y_RD, EXPERT, budget.wire)
+    back_MD = return_rows(y_RD, budget.axis, budget.wire)
     if rows.home is None:
         back_GTD = back_MD.reshape(budget.devices, budget.rows, -1)
         return jnp.sum(back_GTD.astype(jnp.float32), axis=0)
@@ -91,20 +92,25 @@ def _bucket_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     rows_MD = gather_rows(x_TD, chosen.rows)
     scores_M = gather_rows(scores_TK.reshape(-1, 1), chosen.assignments)
     scores_MJ = scores_M.reshape(chosen.ids_MJ.shape)
-    received = exchange_rows(rows_MD, scores_MJ, chosen.ids_MJ, EXPERT, budget.wire)
-    return Rows(*received, home=chosen.rows)
+    received = exchange_rows(rows_MD, scores_MJ, chosen.ids_MJ, budget.axis, budget.wire)
+    return Rows(*received, home=chosen.rows, waves_inside=_waves_inside(plan, wave))
 
 
 def _ring_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     """All-gathers tokens; each device then picks the assignments that are its own."""
     travels_TK = (plan.device_TK < budget.devices) & (plan.wave_TK == wave)
     target_TK = jnp.where(travels_TK, plan.device_TK * budget.slots + plan.slot_TK, -1)
-    target_RK = collectives.all_gather(target_TK, EXPERT)
-    mine_RK = target_RK - collectives.axis_index(EXPERT) * budget.slots
+    target_RK = collectives.all_gather(target_TK, budget.axis)
+    mine_RK = target_RK - collectives.axis_index(budget.axis) * budget.slots
     ids_RK = jnp.where((target_RK >= 0) & (mine_RK >= 0), mine_RK, budget.slots)
     return Rows(
-        gather_tokens(x_TD, EXPERT, budget.wire),
-        collectives.all_gather(scores_TK, EXPERT),
+        gather_tokens(x_TD, budget.axis, budget.wire),
+        collectives.all_gather(scores_TK, budget.axis),
         jnp.minimum(ids_RK, budget.slots),
         home=None,
+        waves_inside=_waves_inside(plan, wave),
     )
+
+
+def _waves_inside(plan: Plan, wave: jax.Array | int) -> jax.Array | None:
+    return None if plan.inside is None else plan.inside.waves_W[wave]

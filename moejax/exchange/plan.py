@@ -14,7 +14,9 @@ agree on the number of waves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 
 import jax
 from jax import numpy as jnp
@@ -24,13 +26,13 @@ from pallas_kernels.row_map import RowMap
 from sharding.collectives import pmax_statistics
 from sharding.mesh import TOKEN_AXES
 
-__all__ = ["Plan", "Wave", "make_plan", "select_wave"]
+__all__ = ["Plan", "Wave", "make_plans", "select_wave"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """A source device's view of the whole exchange.
+    """A source device's view of the exchange of one chunk of its tokens.
 
     device_TK: int32, destination of each assignment; G for none.
     slot_TK: int32, slot within that device; for none S, or −1 where there is one device.
@@ -39,7 +41,8 @@ class Plan:
     position_TK: int32, position of its row within the (source, device) pair.
     wave_TK: int32.
     rows_G: int32, rows for each device, all waves.
-    num_waves: int32 [], equal on all devices.
+    num_waves: int32 [], equal on all devices and in all chunks.
+    inside: of an exchange between hosts: what becomes of its rows.
     """
 
     device_TK: jax.Array
@@ -50,6 +53,23 @@ class Plan:
     wave_TK: jax.Array
     rows_G: jax.Array
     num_waves: jax.Array
+    inside: Inside | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Inside:
+    """How this device spreads the rows of other hosts, and its own, inside its host.
+
+    rows_L: int32, rows for each device of the host, from all sources, all waves.
+    own: int32 [], how many rows of this device's tokens are for itself.
+    waves_W: int32, waves inside for each wave between hosts, as long as there can be any; equal on
+        all devices and in all chunks.
+    """
+
+    rows_L: jax.Array
+    own: jax.Array
+    waves_W: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -67,14 +87,31 @@ class Wave:
     ids_MJ: jax.Array
 
 
-def make_plan(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> Plan:
+def make_plans(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> tuple[Plan, ...]:
     """Plans the exchange of one layer.
 
     Args:
         slots_TK: int32 physical slots, distinct within a token, −1 for none.
-        budget: static sizes.
+        budget: static sizes of a chunk.
         axes: mesh axes over which devices agree on the number of waves.
+
+    Returns:
+        a plan of each chunk of tokens; all have as many waves as the one that needs most.
     """
+    slots_NTK = slots_TK.reshape(budget.chunks, -1, slots_TK.shape[1])
+    plans = jax.vmap(partial(_plan_alone, budget=budget))(slots_NTK)
+    if budget.single_wave:
+        num_waves = jnp.ones((), jnp.int32)
+    else:
+        num_waves = pmax_statistics(jnp.max(plans.num_waves), axes)
+    return tuple(
+        replace(jax.tree.map(itemgetter(i), plans), num_waves=num_waves)
+        for i in range(budget.chunks)
+    )
+
+
+def _plan_alone(slots_TK: jax.Array, budget: Budget) -> Plan:
+    """A chunk's plan, with the number of waves that this device needs for it."""
     devices, slots = budget.devices, budget.slots
     valid_TK = slots_TK >= 0
     device_TK = jnp.where(valid_TK, slots_TK // slots, devices)
@@ -99,10 +136,7 @@ def make_plan(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> Plan:
     safe_TK = jnp.minimum(device_TK, devices - 1)
     position_TK = jnp.take_along_axis(position_TG, safe_TK, axis=1)
     wave_TK = jnp.where(valid_TK, jnp.take_along_axis(wave_TG, safe_TK, axis=1), 0)
-    if budget.single_wave:
-        num_waves = jnp.ones((), jnp.int32)
-    else:
-        num_waves = pmax_statistics(jnp.max(wave_TK, initial=0) + 1, axes)
+    num_waves = jnp.max(wave_TK, initial=0) + 1
     rows_G = jnp.sum(goes_TG, axis=0, dtype=jnp.int32)
     return Plan(device_TK, slot_TK, first_TK, rank_TK, position_TK, wave_TK, rows_G, num_waves)
 

@@ -1,13 +1,13 @@
-"""What a row looks like on the wire: one uint8 payload holding activations, scores and slot ids.
+"""What a row looks like on the wire: activations, scores and slot ids, as one payload if small.
 
 Integer payloads stop gradients silently, so encoding, packing, exchange, unpacking and decoding sit
 together inside one custom VJP: the backward sends the cotangents as `WireConfig` says, and beside
-them in the same payload the scores' cotangents in float32. Rounding is straight-through.
+them the scores' cotangents in float32. Rounding is straight-through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -19,6 +19,9 @@ from moejax.exchange.codec import decode, encode, encoded_bytes
 from sharding import collectives
 
 __all__ = ["exchange_rows", "gather_tokens", "pack", "return_rows", "row_bytes", "unpack"]
+
+ALONE_BYTES = 2**22
+"""From here on a part of the rows crosses by itself."""
 
 
 def row_bytes(d_model: int, dtype, copies: int, wire: WireConfig) -> tuple[int, int, int, int]:
@@ -33,7 +36,11 @@ def row_bytes(d_model: int, dtype, copies: int, wire: WireConfig) -> tuple[int, 
     Returns:
         (dispatch, combine, dispatch backward, combine backward) bytes.
     """
-    out, home, back, again = (encoded_bytes(d_model, dtype, form) for form in wire.formats)
+    there, here = wire.widths(d_model)
+    out, home, back, again = (
+        encoded_bytes(width, dtype, form)
+        for width, form in zip((there, here, there, here), wire.formats, strict=True)
+    )
     return out + copies * 8, home, back + copies * 4, again
 
 
@@ -62,23 +69,46 @@ def unpack(payload: jax.Array, layout: Sequence[tuple[int, jnp.dtype]]) -> list[
     return parts
 
 
-def _exchange(parts: Sequence[jax.Array], axis: str) -> list[jax.Array]:
-    """Bucket g of the rows [G·C, n_i] to device g, all parts as one payload; one part as it is."""
+def _travel(
+    parts: Sequence[jax.Array], crossing: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
+    """Sends parts [M, n_i] of rows across: large ones each by itself, the rest as one payload.
+
+    Packing and unpacking cost two more passes over what is packed, a crossing of its own a launch.
+    """
+    large = [part.nbytes >= ALONE_BYTES for part in parts]
+    packed = [part for part, alone in zip(parts, large, strict=True) if not alone]
+    if len(packed) > 1:
+        layout = [(part.shape[1], part.dtype) for part in packed]
+        small = iter(unpack(crossing(pack(packed)), layout))
+    else:
+        small = map(crossing, packed)
+
+    def single(part: jax.Array) -> jax.Array:
+        if part.dtype.itemsize > 1:
+            return crossing(part)
+        # As bytes: some platforms' collectives widen float8.
+        moved = crossing(lax.bitcast_convert_type(part, jnp.uint8))
+        return lax.bitcast_convert_type(moved, part.dtype)
+
+    return [single(p) if alone else next(small) for p, alone in zip(parts, large, strict=True)]
+
+
+def _exchange(parts: Sequence[jax.Array], axis: str | collectives.AxisGroups) -> list[jax.Array]:
+    """Bucket g of the rows [G·C, n_i] to device g."""
     devices = collectives.axis_size(axis)
 
     def swapped(rows: jax.Array) -> jax.Array:
         sent = rows.reshape(devices, -1, rows.shape[1])
         return collectives.all_to_all(sent, axis).reshape(rows.shape)
 
-    if len(parts) == 1:
-        return [swapped(parts[0])]
-    return unpack(swapped(pack(parts)), [(p.shape[1], p.dtype) for p in parts])
+    return _travel(parts, swapped)
 
 
 def _exchange_encoded(
     rows_MD: jax.Array,
     others: Sequence[jax.Array],
-    axis: str,
+    axis: str | collectives.AxisGroups,
     wire: WireConfig,
     form: WireFormat,
     dtype,
@@ -94,16 +124,16 @@ def exchange_rows(
     rows_MD: jax.Array,
     scores_MJ: jax.Array,
     ids_MJ: jax.Array,
-    axis: str,
+    axis: str | collectives.AxisGroups,
     wire: WireConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sends bucket g of the rows to device g of the axis, as one payload.
+    """Sends bucket g of the rows to device g of the axis.
 
     Args:
         rows_MD: [G·C, D] activations, bucket g in rows g·C … g·C + C − 1.
         scores_MJ: float32 weights of the assignments in a row.
         ids_MJ: int32 local slot of each assignment.
-        axis: mesh axis of size G.
+        axis: mesh axis of size G, or groups of one.
         wire: rounding of the activations.
 
     Returns:
@@ -130,12 +160,12 @@ exchange_rows.defvjp(_exchange_fwd, _exchange_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def return_rows(y_RD: jax.Array, axis: str, wire: WireConfig) -> jax.Array:
+def return_rows(y_RD: jax.Array, axis: str | collectives.AxisGroups, wire: WireConfig) -> jax.Array:
     """Sends bucket g of the outputs back to device g of the axis.
 
     Args:
         y_RD: [G·C, D] outputs, bucket g from device g.
-        axis: mesh axis of size G.
+        axis: mesh axis of size G, or groups of one.
         wire: rounding of the outputs.
 
     Returns:
@@ -160,19 +190,18 @@ return_rows.defvjp(_return_fwd, _return_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_tokens(x_TD: jax.Array, axis: str, wire: WireConfig) -> jax.Array:
+def gather_tokens(
+    x_TD: jax.Array, axis: str | collectives.AxisGroups, wire: WireConfig
+) -> jax.Array:
     """All tokens of the axis, [G·T, D]; the backward sums the devices' cotangents in float32.
 
     Args:
         x_TD: this device's tokens.
-        axis: mesh axis of size G.
+        axis: mesh axis of size G, or groups of one.
         wire: rounding of the tokens.
     """
     encoded = encode(x_TD, wire.dispatch, rotate=wire.rotate)
-    layout = [(part.shape[1], part.dtype) for part in encoded]
-    if len(encoded) == 1:
-        return collectives.all_gather(x_TD, axis)
-    received = unpack(collectives.all_gather(pack(encoded), axis), layout)
+    received = _travel(encoded, lambda part: collectives.all_gather(part, axis))
     return decode(received, wire.dispatch, x_TD.shape[1], x_TD.dtype, rotate=wire.rotate)
 
 

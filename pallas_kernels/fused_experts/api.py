@@ -45,13 +45,17 @@ FEW_ROWS = 64  # assignments a slot, on average, up to which tiles are taken to 
 
 @dataclass(frozen=True)
 class Case:
-    """What a backend must know to say whether it serves: D, H, the activation, dtype and bias."""
+    """What a backend must know to say whether it serves: D, H, the activation, dtype and bias.
+
+    d_out: columns of the outputs; None: D.
+    """
 
     d_model: int
     hidden: int
     activation: str
     dtype: Any
     bias: bool = False
+    d_out: int | None = None
 
 
 class _Sizing(NamedTuple):
@@ -76,6 +80,8 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
     if case.bias:
         return "the experts have biases"
     sizes = {"d_model": case.d_model, "hidden": case.hidden}
+    if case.d_out is not None:
+        sizes["d_out"] = case.d_out
     return backends.kernel_refusal(backend, sizes, case.dtype, forced=forced)
 
 
@@ -186,12 +192,13 @@ def check_assignments(assignments: int | None) -> None:
 def _check_operands(
     x_RD: Any, w_in: Any, w_out: Any, scores_RJ: Any, sizes_S: Any, activation: str
 ) -> None:
-    slots, hidden, d_model = w_out.shape
+    slots, hidden, _ = w_out.shape
+    d_model = x_RD.shape[1]
     parts = ACTIVATIONS[activation].parts if activation in ACTIVATIONS else w_in.shape[2]
-    if w_in.shape != (slots, d_model, parts, hidden) or x_RD.shape[1:] != (d_model,):
+    if w_in.shape != (slots, d_model, parts, hidden):
         raise ValueError(
             f"rows {list(x_RD.shape)} with projections {list(w_in.shape)} and {list(w_out.shape)}: "
-            f"must be [R, D], [S, D, {parts}, H] and [S, H, D] for {activation}"
+            f"must be [R, D], [S, D, {parts}, H] and [S, H, D'] for {activation}"
         )
     if sizes_S.shape != (slots,):
         raise ValueError(f"sizes of {sizes_S.shape[0]} slots for {slots} matrices")
@@ -207,7 +214,7 @@ def _check_operands(
 def fused_experts(
     x_RD: Float[Array, "R D"],
     w_in_SDNH: Float[Array, "S D N H"],
-    w_out_SHD: Float[Array, "S H D"],
+    w_out_SHD: Float[Array, "S H D'"],
     scores_RJ: Float32[Array, "R J"],
     place_RJ: Int32[Array, "R J"],
     copy_A: Int32[Array, " A"],
@@ -215,18 +222,18 @@ def fused_experts(
     *,
     activation: str,
     b_in_SNH: Float[Array, "S N H"] | None = None,
-    b_out_SD: Float[Array, "S D"] | None = None,
+    b_out_SD: Float[Array, "S D'"] | None = None,
     assignments: int | None = None,
     tiles: TileMap | None = None,
     backend: str | None = None,
     reserve_sms: int = 0,
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R D'"]:
     """Σ_j scores[r, j] · (act(x[r] @ w_in + b_in) @ w_out + b_out)[slot] over a row's assignments.
 
     Args:
         x_RD: rows.
         w_in_SDNH: input projections, N = 2 for gated activations (the gate first), in x's dtype.
-        w_out_SHD: output projections, likewise.
+        w_out_SHD: output projections, likewise; outputs may have another width than rows.
         scores_RJ: weights of the assignments.
         place_RJ: the place of each assignment; A for none.
         copy_A: the flat assignment r·J + j of each place; R·J for none, after a slot's others.
@@ -242,7 +249,7 @@ def fused_experts(
             too, for communication at the same time. Other backends take what XLA gives them.
 
     Returns:
-        [R, D] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections,
+        [R, D'] in x's dtype, summed in float32 and rounded once. Gradients for x, the projections,
         the biases and the scores. The kernels' backward keeps only the input projections
         of the forward and recomputes the activation (SonicMoE, arXiv 2512.14080).
 
@@ -255,9 +262,10 @@ def fused_experts(
     check_assignments(assignments)
     _check_operands(x_RD, w_in_SDNH, w_out_SHD, scores_RJ, sizes_S, activation)
     bias = b_in_SNH is not None or b_out_SD is not None
-    case = Case(x_RD.shape[1], w_out_SHD.shape[1], activation, x_RD.dtype, bias)
+    _, hidden, d_out = w_out_SHD.shape
+    case = Case(x_RD.shape[1], hidden, activation, x_RD.dtype, bias, d_out)
     if place_RJ.size == 0 or copy_A.size == 0:
-        return jnp.zeros_like(x_RD)
+        return jnp.zeros((x_RD.shape[0], d_out), x_RD.dtype)
     chosen = backends.choose(
         "fused_experts",
         BACKENDS,

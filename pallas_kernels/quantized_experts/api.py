@@ -43,6 +43,7 @@ class Case:
     dtype: of the rows that come in.
     weights: dtype of the weights' values.
     rows: what the rows are multiplied as.
+    d_out: columns of the outputs; None: D.
     """
 
     d_model: int
@@ -51,6 +52,7 @@ class Case:
     dtype: Any
     weights: Any
     rows: Rows = "bfloat16"
+    d_out: int | None = None
 
 
 def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
@@ -67,7 +69,8 @@ def refusal(backend: str, case: Case, *, forced: bool = False) -> str | None:
         return f"activation {case.activation!r} is none of {', '.join(ACTIVATIONS)}"
     if backend != "mosaic_gpu":
         return None
-    for name, size in (("d_model", case.d_model), ("hidden", case.hidden)):
+    sizes = {"d_model": case.d_model, "hidden": case.hidden, "d_out": case.d_out or 0}
+    for name, size in sizes.items():
         if size % BLOCK:
             return f"{name}={size} is no multiple of {BLOCK}"
     weights = jnp.dtype(case.weights)
@@ -158,14 +161,15 @@ def quantized_experts(
     rows: Rows = "bfloat16",
     assignments: int | None = None,
     backend: str | None = None,
-) -> Float[Array, "R D"]:
+) -> Float[Array, "R D'"]:
     """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
 
     Args:
         x_RD: rows.
         w_in: input projections, values [S, N, H, D], scales [S, N, H/128, D/128]: what `quantize`
             makes of [S, N, D, H]; N = 2 for gated activations (the gate first).
-        w_out: output projections, values [S, D, H], scales [S, D/128, H/128]: of [S, H, D].
+        w_out: output projections, values [S, D', H], scales [S, D'/128, H/128]: of [S, H, D'];
+            outputs may have another width than rows.
         scores_RJ: weights of the assignments.
         place_RJ: the place of each assignment; A for none.
         copy_A: the flat assignment r·J + j of each place; R·J for none.
@@ -179,15 +183,15 @@ def quantized_experts(
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
-        [R, D] in x's dtype, summed in float32 and rounded once.
+        [R, D'] in x's dtype, summed in float32 and rounded once.
 
     Raises:
         NotImplementedError: no backend serves; the message has each one's reason. Also when
             differentiated.
     """
-    case = Case(
-        x_RD.shape[1], w_out.values.shape[2], activation, x_RD.dtype, w_in.values.dtype, rows
-    )
+    _, d_out, hidden = w_out.values.shape
+    dtypes = (x_RD.dtype, w_in.values.dtype)
+    case = Case(x_RD.shape[1], hidden, activation, *dtypes, rows, d_out)
     chosen = backends.choose(
         "quantized_experts",
         BACKENDS,
@@ -195,7 +199,7 @@ def quantized_experts(
         lambda name, forced: refusal(name, case, forced=forced),
     )
     if place_RJ.size == 0 or copy_A.size == 0:
-        return jnp.zeros_like(x_RD)
+        return jnp.zeros((x_RD.shape[0], d_out), x_RD.dtype)
     check_assignments(assignments)
     most = place_RJ.size if assignments is None else min(assignments, place_RJ.size)
     arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)

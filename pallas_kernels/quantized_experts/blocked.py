@@ -58,5 +58,5 @@ def quantized_experts(
     if float8:
         a_BMH = rows_through_float8(a_BMH.reshape(-1, a_BMH.shape[-1])).reshape(a_BMH.shape)
     y_BMD = block_products(a_BMH.astype(dtype), of_blocks(w_out))
-    y_PD = y_BMD.astype(out_dtype).reshape(-1, d_model)
+    y_PD = y_BMD.astype(out_dtype).reshape(-1, y_BMD.shape[-1])
     return sum_places(y_PD, scores_RJ, layout.row_NJ, out_dtype, "blocked")

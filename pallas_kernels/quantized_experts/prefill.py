@@ -219,7 +219,7 @@ def fp8_experts(
     Args:
         x_RD: bfloat16 rows.
         w_in: e4m3 [S, N, H, D], N = 2 for gated activations, the gate first.
-        w_out: e4m3 [S, D, H].
+        w_out: e4m3 [S, D', H]; outputs may have another width than rows.
         scores_RJ: float32 weights of the assignments.
         place_RJ: int32, the place of each assignment; A for none.
         copy_A: int32, the flat assignment r·J + j of each place; R·J for none.
@@ -227,7 +227,7 @@ def fp8_experts(
         activation: `swiglu`, `geglu`, `gelu` or `relu2`.
 
     Returns:
-        [R, D] in x's dtype, summed in float32 and rounded once.
+        [R, D'] in x's dtype, summed in float32 and rounded once.
 
     Raises:
         ValueError: weights that are not e4m3, or widths that are no multiples of 128.
@@ -235,7 +235,7 @@ def fp8_experts(
     _check("w_in", w_in)
     _check("w_out", w_out)
     if place_RJ.size == 0 or copy_A.size == 0:
-        return jnp.zeros_like(x_RD)
+        return jnp.zeros((x_RD.shape[0], w_out.values.shape[1]), x_RD.dtype)
     if copy_A.size % ROWS:
         raise ValueError(f"{copy_A.size} places are no multiple of {ROWS}")
     x_AD, scales = rows_of_places(x_RD, copy_A // place_RJ.shape[1])

@@ -1,0 +1,118 @@
+"""`python -m moejax.exchange.suggest`: which mode and how many chunks, by measured figures.
+
+Predicts the forward of one layer in every mode and number of chunks (`moejax.exchange.cost`) with
+the figures of a machine (`python -m sharding.measure`), and prints them, the fastest first.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moejax.config import MoEConfig
+from moejax.errors import UserError
+from moejax.exchange.budget import Budget, choose
+from moejax.exchange.cost import Prediction, Work, predict
+from moejax.placement.arrays import num_slots
+from sharding.machine import Machine, machine_of, read_machine
+
+__all__ = ["main", "suggest"]
+
+CHUNKS = (1, 2, 4, 8)
+
+
+def suggest(
+    config: MoEConfig, work: Work, machine: Machine, *, tokens: int, devices: int
+) -> list[tuple[Budget, Prediction]]:
+    """Every way to run a layer's exchange, the fastest first; of equals the simplest.
+
+    Args:
+        config: of the layer; its mode and chunks are not looked at.
+        work: what it computes on a device.
+        machine: figures of the devices and their links.
+        tokens: T of a device.
+        devices: G along `expert`, all of one host.
+    """
+    experts = config.router.num_experts
+    ways: list[tuple[Budget, Prediction]] = []
+    for chunks in CHUNKS:
+        for mode in ("ring", "all_to_all"):
+            exchange = replace(
+                config.exchange, mode="auto" if devices == 1 else mode, chunks=chunks
+            )
+            budget = choose(
+                exchange,
+                tokens=tokens,
+                top_k=config.router.top_k,
+                num_experts=experts,
+                slots=num_slots(experts, devices),
+                devices=devices,
+            )
+            if budget not in (way for way, _ in ways):
+                ways.append((budget, predict(budget, work, machine)))
+    return sorted(ways, key=lambda way: way[1].total)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    from moejax.presets import PRESETS
+
+    names = [name.replace("_", "-") for name in PRESETS]
+    parser = ArgumentParser(prog="python -m moejax.exchange.suggest")
+    parser.description = "Predicts a layer's forward in each mode and number of chunks."
+    parser.add_argument("--preset", choices=names, required=True)
+    parser.add_argument("--tokens", type=int, required=True, help="of a device at once")
+    parser.add_argument("--devices", type=int, required=True, help="along expert, of one host")
+    parser.add_argument("--tensor", type=int, default=1, help="devices along tensor")
+    parser.add_argument(
+        "--machine", type=Path, help="figures written by python -m sharding.measure"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        for line in _lines(arguments):
+            print(line)
+    except UserError as error:
+        sys.exit(f"suggest: {error}")
+
+
+def _lines(arguments) -> list[str]:
+    from moejax.presets import PRESETS
+
+    model = PRESETS[arguments.preset.replace("-", "_")]().model
+    if arguments.tokens < 1 or arguments.devices < 1 or arguments.tensor < 1:
+        raise UserError("tokens, devices and tensor: each is at least 1")
+    machine = _machine(arguments.machine)
+    moe = model.moe
+    hidden = -(-moe.experts.hidden // arguments.tensor)
+    work = Work(model.d_model, hidden, moe.experts.num_in, model.compute_dtype)
+    ways = suggest(moe, work, machine, tokens=arguments.tokens, devices=arguments.devices)
+    lines = [f"{'mode':<12}{'chunks':>6}{'ms':>9}   of a chunk: dispatch, experts, combine"]
+    for budget, time in ways:
+        parts = (time.dispatch, time.experts, time.combine)
+        chunk = ", ".join(f"{1e3 * part:.3f}" for part in parts)
+        lines.append(f"{budget.mode:<12}{budget.chunks:>6}{1e3 * time.total:>9.3f}   {chunk}")
+    best = ways[0][0]
+    flags = f"--model.moe.exchange.mode {best.mode} --model.moe.exchange.chunks {best.chunks}"
+    return [*lines, f"fastest, as predicted: {flags}"]
+
+
+def _machine(path: Path | None) -> Machine:
+    import jax
+
+    if path is not None:
+        return read_machine(path)
+    device = jax.devices()[0].device_kind
+    machine = machine_of(device)
+    if machine is None:
+        raise UserError(
+            f"no figures of {device!r}: run python -m sharding.measure here, or name a file with "
+            "--machine"
+        )
+    return machine
+
+
+if __name__ == "__main__":
+    main()

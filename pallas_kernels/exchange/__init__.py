@@ -1,0 +1,1 @@
+"""The exchange: filled rows of every device's buckets to the devices that the buckets are for."""
