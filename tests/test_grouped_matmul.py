@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 from oracle import relative_error
 
-from pallas_kernels.grouped_matmul import api, blocked
+from pallas_kernels.grouped_matmul import api, blocked, blocks
 from pallas_kernels.grouped_matmul.api import Case, explain, grouped_matmul, row_alignment
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -198,3 +198,27 @@ def test_operands_that_do_not_match():
         with pytest.raises(ValueError, match=r"group_offset .* it can be from 0 to 0"):
             api.grouped_matmul(jnp.zeros((4, 8)), jnp.zeros((1, 8, 2)), sizes, group_offset=offset)
     assert api.grouped_matmul(jnp.ones((4, 0)), jnp.ones((1, 0, 2)), sizes).shape == (4, 2)
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_blocks_in_batches(rng, monkeypatch, alignment, batch):
+    """Where copies of all blocks' matrices were too much: some at a time, the last ones fewer."""
+    rows, sizes, width, out = 64, [24, 0, 8, 16], 128, 96
+    inputs = draw(rng, rows, len(sizes), sizes, width=width, out=out)
+
+    def product(lhs, rhs, sizes):
+        return grouped_matmul(lhs, rhs, sizes, alignment=alignment, backend="blocked")
+
+    def made():
+        lhs, rhs, sizes, ct = map(jnp.asarray, inputs)
+        out, pull = jax.vjp(lambda lhs, rhs: product(lhs, rhs, sizes), lhs, rhs)
+        compiled = jax.jit(lambda *args: product(*args)).lower(*inputs[:3]).compile()
+        return (out, *pull(ct)), compiled.memory_analysis().temp_size_in_bytes
+
+    whole, many_bytes = made()
+    monkeypatch.setattr(blocks, "MOST_COPIED", batch * width * out * 4)
+    some, few_bytes = made()
+    for got, want in zip(some, whole, strict=True):
+        assert relative_error(got, want) < 1e-6
+    assert few_bytes < 0.7 * many_bytes

@@ -12,6 +12,7 @@ from kernel_support import BFLOAT16, ON_GPU, layer, needs_transposes, oracle, ru
 from oracle import relative_error
 
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
+from pallas_kernels.grouped_matmul import blocks
 from pallas_kernels.quantized_experts import api, convert
 from pallas_kernels.quantized_experts.chunks import list_chunks
 from pallas_kernels.quantized_experts.decode import product
@@ -222,6 +223,21 @@ def test_in_float32(rng, name, rows, backend):
     out = call(inputs, w_in, w_out, activation="swiglu", rows=rows, backend=backend)
     error = relative_error(out, oracle(inputs, inputs["x"], "swiglu")[0])
     assert error < 2e-6 if rows == "bfloat16" else 0.01 < error < 0.06
+
+
+def test_blocks_in_batches(rng, monkeypatch):
+    """Where copies of all blocks' matrices were too much."""
+    shapes = dict(slots=3, tokens=24, copies=2, d_model=160, hidden=72, parts=2)
+    inputs, w_in, w_out = quantized_layer(rng, "int8", **shapes)
+    inputs["x"] = inputs["x"].astype(np.float32)
+    how = {"activation": "swiglu", "rows": "bfloat16", "backend": "blocked"}
+    whole = call(inputs, w_in, w_out, **how)
+    monkeypatch.setattr(blocks, "MOST_COPIED", 2 * 3 * 160 * 72 * 4)
+    some = call(inputs, w_in, w_out, **how)
+    assert relative_error(some, whole) < 1e-6
+    monkeypatch.setattr(blocks.lax, "map", None)
+    with pytest.raises(TypeError, match="not callable"):  # so it was in batches
+        call(inputs, w_in, w_out, **how)
 
 
 def abstract(slots, tokens, copies, d_model, hidden, parts, dtype):

@@ -1,9 +1,9 @@
 """Grouped matmul as one batched product over blocks of rows, each block in one group.
 
 Plain XLA, any platform. It does the groups' own work plus the padding of each group to a whole
-number of blocks, and copies one matrix per block. Where groups are not padded already, it pads them
-by a gather, and takes the rows from the blocks by another. `lax.ragged_dot` does G times the work
-on CPU and on CUDA.
+number of blocks, and copies one matrix per block, for some blocks at a time where all would take
+too much memory. Where groups are not padded already, it pads them by a gather, and takes the rows
+from the blocks by another. `lax.ragged_dot` does G times the work on CPU and on CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from pallas_kernels.grouped_matmul.blocks import block_size, cut_into_blocks, last_before
+from pallas_kernels.grouped_matmul.blocks import (
+    block_size,
+    cut_into_blocks,
+    in_batches,
+    last_before,
+)
 from pallas_kernels.grouped_matmul.spans import group_spans
 from pallas_kernels.precision import precision_of
 
@@ -32,15 +37,24 @@ def block_products(lhs_BMK: jax.Array, rhs_BKN: jax.Array) -> jax.Array:
     )
 
 
+def _products(lhs_BMK: jax.Array, rhs_GKN: jax.Array, group_B: jax.Array) -> jax.Array:
+    """Each block times its group's matrix, in the blocks' dtype."""
+
+    def some(lhs_BMK: jax.Array, group_B: jax.Array) -> jax.Array:
+        return block_products(lhs_BMK, rhs_GKN[group_B]).astype(lhs_BMK.dtype)
+
+    return in_batches(some, lhs_BMK, group_B, rhs_GKN.nbytes // rhs_GKN.shape[0])
+
+
 def _in_place(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block: int) -> jax.Array:
     """The product where the groups are whole blocks."""
     rows = lhs_MK.shape[0]
     first_B = jnp.arange(0, rows, block, dtype=jnp.int32)
     group_B = last_before(first_B, spans_2G[1])
-    out_BMN = block_products(lhs_MK.reshape(rows // block, block, -1), rhs_GKN[group_B])
+    out_BMN = _products(lhs_MK.reshape(rows // block, block, -1), rhs_GKN, group_B)
     inside_B = (first_B >= spans_2G[0, 0]) & (first_B < spans_2G[1, -1])
     out_BMN = jnp.where(inside_B[:, None, None], out_BMN, 0)
-    return out_BMN.reshape(rows, -1).astype(lhs_MK.dtype)
+    return out_BMN.reshape(rows, -1)
 
 
 def _gathered(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block: int) -> jax.Array:
@@ -48,8 +62,7 @@ def _gathered(lhs_MK: jax.Array, rhs_GKN: jax.Array, spans_2G: jax.Array, block:
     rows = lhs_MK.shape[0]
     blocks = cut_into_blocks(spans_2G, rows=rows, block=block)
     lhs_BMK = lhs_MK.at[blocks.row_BM].get(mode="fill", fill_value=0)
-    out_BMN = block_products(lhs_BMK, rhs_GKN[blocks.group_B])
-    out_PN = out_BMN.astype(lhs_MK.dtype).reshape(blocks.row_BM.size, -1)
+    out_PN = _products(lhs_BMK, rhs_GKN, blocks.group_B).reshape(blocks.row_BM.size, -1)
     place_M = blocks.place_of(jnp.arange(rows, dtype=jnp.int32))
     return out_PN.at[place_M].get(mode="fill", fill_value=0)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
-__all__ = ["Blocks", "block_size", "cut_into_blocks", "last_before"]
+__all__ = ["Blocks", "block_size", "cut_into_blocks", "in_batches", "last_before"]
+
+MOST_COPIED = 2**30
+"""Bytes of matrices that blocks may have copies of at once."""
 
 _NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -69,3 +74,30 @@ def cut_into_blocks(spans_2G: jax.Array, *, rows: int, block: int) -> Blocks:
     row_BM = first_B[:, None] + jnp.arange(block, dtype=jnp.int32)
     row_BM = jnp.where(row_BM < end_G[group_B][:, None], row_BM, _NOWHERE)
     return Blocks(group_B, row_BM, spans_2G, count_G)
+
+
+def in_batches(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    rows_BMK: jax.Array,
+    group_B: jax.Array,
+    copied: int,
+) -> jax.Array:
+    """A function of blocks, on as many at a time as `MOST_COPIED` allows.
+
+    Args:
+        function: (rows [b, M, K], groups int32 [b]) → [b, …], each block by itself.
+        rows_BMK: rows of the blocks.
+        group_B: int32, whose they are.
+        copied: bytes of the matrices that it copies for each block.
+
+    Returns:
+        [B, …].
+    """
+    batch = max(1, MOST_COPIED // copied)
+    if batch >= group_B.shape[0]:
+        return function(rows_BMK, group_B)
+
+    def one(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return function(block[0][None], block[1][None])[0]
+
+    return lax.map(one, (rows_BMK, group_B), batch_size=batch)
