@@ -39,7 +39,18 @@ from common import write_results
 from ep_options import OPTIONS
 from ep_shapes import IMPLS, MODES, PASSES, ROUTINGS, SHAPES, WIRES, link_gbs, one_device_tflops
 
-KEY = ("impl", "shape", "routing", "wire", "pass", "mode", "chunks", "options", "slack")
+KEY = (
+    "impl",
+    "shape",
+    "routing",
+    "wire",
+    "pass",
+    "mode",
+    "chunks",
+    "options",
+    "slack",
+    "reserve_sms",
+)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +69,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", nargs="+", choices=list(choices), default=default)
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--slacks", nargs="+", type=float, default=[1.5], help="of buckets")
+    parser.add_argument("--reserve-sms", nargs="+", type=int, default=[0], help="for transfers")
     parser.add_argument("--devices", type=int, help="default: all")
     parser.add_argument("--no-parts", action="store_true", help="total times only")
     parser.add_argument("--rounds", type=int, default=7)
@@ -105,7 +117,7 @@ def _key(row: dict[str, Any]) -> tuple:
 def show(row: dict[str, Any]) -> None:
     """One line of the table."""
     head = "{impl:14} {shape:13} {pass:6} {routing:8} {mode:10} {chunks} {wire:6} {slack:3} "
-    text = (head + "{options:14}").format(**row)
+    text = (head + "{reserve_sms:2} {options:14}").format(**row)
     if row.get("error"):
         print(f"{text} {row['error']}", flush=True)
         return

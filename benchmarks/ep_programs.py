@@ -48,6 +48,7 @@ def moe_config(shape: Shape, variant: Variant) -> MoEConfig:
         chunks=variant.chunks,
         wire=wire,
         bucket_slack=variant.slack,
+        reserve_sms=variant.reserve_sms,
     )
     return replace(config, router=replace(config.router, bias=True), exchange=exchange)
 

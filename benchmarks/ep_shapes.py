@@ -43,6 +43,7 @@ class Variant:
     options: name of a set of compiler options (`ep_options.OPTIONS`).
     slack: of the buckets (`ExchangeConfig.bucket_slack`); with `inf` no routing needs a further
         wave, and the program has no loop.
+    reserve_sms: multiprocessors that the expert kernels leave to transfers.
     """
 
     impl: str
@@ -53,6 +54,7 @@ class Variant:
     wire: str
     options: str
     slack: float
+    reserve_sms: int
 
     @property
     def backward(self) -> bool:
@@ -71,6 +73,7 @@ class Variant:
             "chunks": self.chunks,
             "options": self.options,
             "slack": self.slack if math.isfinite(self.slack) else "inf",
+            "reserve_sms": self.reserve_sms,
         }
 
 
@@ -78,9 +81,9 @@ def variants(args: argparse.Namespace, shape: str, which: str) -> Iterator[Varia
     """All that the flags ask for; of the peer one for each set of options."""
     for options in args.options:
         if PEER in args.impls:
-            yield Variant(PEER, shape, which, "all_to_all", 1, "exact", options, 1.0)
+            yield Variant(PEER, shape, which, "all_to_all", 1, "exact", options, 1.0, 0)
     if "moejax" in args.impls:
-        lists = args.modes, args.chunks, args.wires, args.options, args.slacks
+        lists = args.modes, args.chunks, args.wires, args.options, args.slacks, args.reserve_sms
         for how in itertools.product(*lists):
             yield Variant("moejax", shape, which, *how)
 

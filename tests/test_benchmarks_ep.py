@@ -43,7 +43,8 @@ def mesh():
 
 
 def variant(impl="moejax", which="fwd", **changes):
-    how = {"mode": "all_to_all", "chunks": 1, "wire": "exact", "options": "default", "slack": 1.5}
+    how = {"mode": "all_to_all", "chunks": 1, "wire": "exact", "options": "default"}
+    how |= {"slack": 1.5, "reserve_sms": 0}
     return Variant(impl, "mixtral_8x7b", which, **(how | changes))
 
 
