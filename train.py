@@ -38,6 +38,12 @@ FIXED = (
 )
 """What a run keeps when it is continued: the weights' shapes and which tokens a step reads."""
 
+FREE = tuple(
+    f"model.moe.exchange.{name}"
+    for name in ("mode", "bucket_rows", "bucket_slack", "chunks", "reserve_sms", "host_devices")
+)
+"""Of those, what belongs to the machine and not to the model."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """The script; returns the exit code."""
@@ -92,12 +98,12 @@ def train(config: TrainConfig) -> None:
         if device.platform != "cpu":
             for line in explain_layer(config, shape):
                 say(line)
-        resuming = run.check_config(config, FIXED)
+        resuming = run.check_config(config, FIXED, FREE)
         text = prepare_text(config, run.load_tokenizer() if resuming else None)
         say(describe_text(text.record))
         session = Session(run, checkpoints, blueprint, config, text)
         state = session.restore() if resuming else None
-        run.bind_config(config, FIXED)
+        run.bind_config(config, FIXED, FREE)
         run.save_tokenizer(text.tokenizer)
         if state is None:
             state = jax.block_until_ready(init_state(blueprint, config.seed))

@@ -105,12 +105,14 @@ def left_in(part: str, sent: float) -> None:
         raise ArithmeticError(f"{part}: a device sends {sent:.0f} bytes")
 
 
-def hidden_fraction(ms: dict[str, float]) -> float:
+def hidden_fraction(ms: dict[str, float]) -> float | None:
     """(computation + exchange − total) / exchange.
 
     Computation is the program without exchange; exchange is what it adds where there are no
     experts: `no_compute` − `neither`. So routing, planning and packing, which every program does,
-    count once, and so do the copies that stand for what arrives.
+    count once, and so do the copies that stand for what arrives. None where no exchange is seen.
     """
     exchange = ms["no_compute"] - ms["neither"]
-    return (ms["no_comm"] + exchange - ms["total"]) / exchange
+    if exchange <= 0:
+        return None
+    return round((ms["no_comm"] + exchange - ms["total"]) / exchange, 4)

@@ -263,7 +263,7 @@ class Batch:
             "ms": _rounded(total),
             "tflops_per_gpu": None if total is None else round(flops / total / 1e9, 2),
             **{f"ms_{part}": _rounded(ms[part]) for part in PARTS if part != "total"},
-            "hidden_fraction": round(hidden_fraction(ms), 4) if known else None,  # type: ignore[arg-type]
+            "hidden_fraction": hidden_fraction(ms) if known else None,  # type: ignore[arg-type]
             "bytes_sent": info.get("bytes_sent"),
             "predicted_ms": _rounded(info.get("predicted_ms")),
             "ms_spread": None if total is None else round(self.rounds.spread(key), 4),

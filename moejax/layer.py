@@ -95,8 +95,10 @@ class MoELayer(nnx.Module):
         hosts: Sequence[int] | None = None,
     ) -> None:
         wire = config.exchange.wire
-        for width in wire.widths(d_model):
-            if wire.rotate and width % codec.BLOCK:
+        ways = (wire.dispatch, wire.dispatch_grad), (wire.combine, wire.combine_grad)
+        for width, formats in zip(wire.widths(d_model), ways, strict=True):
+            rounded = any(form != "compute" for form in formats)
+            if wire.rotate and rounded and width % codec.BLOCK:
                 raise UserError(
                     f"rows of {width} columns with rotate=True: a rotated wire needs a multiple of "
                     f"{codec.BLOCK}; leave rotate off"
@@ -227,6 +229,7 @@ class MoELayer(nnx.Module):
         """
         if not isinstance(self.bank, ExpertBank):
             raise UserError("quantize_experts called again: the experts are quantized already")
+        QuantizedExpertBank.check(self.bank, dtype, rows=rows, tensor=tensor)
         if not self.folded:
             self.fold_projections()
         self.bank = QuantizedExpertBank(self.bank, dtype, rows=rows, tensor=tensor)

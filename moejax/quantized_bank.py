@@ -69,18 +69,7 @@ class QuantizedExpertBank(nnx.Module):
         rows: ExpertRows = "compute",
         tensor: int = 1,
     ) -> None:
-        if bank.b_in is not None:
-            raise UserError("quantized experts with bias=True: only experts without biases can be")
-        hidden = bank.w_out.shape[1]
-        if tensor > 1 and hidden % (tensor * BLOCK):
-            raise UserError(
-                f"hidden={hidden} over tensor={tensor} devices: quantized experts need a multiple "
-                f"of {BLOCK} on each; use a smaller tensor axis"
-            )
-        if rows == "float8" and dtype != "float8_e4m3fn":
-            raise UserError(
-                f"rows='float8' with {dtype} weights: float8 rows need float8_e4m3fn weights"
-            )
+        self.check(bank, dtype, rows=rows, tensor=tensor)
         self.num_experts, self.rows, self.tensor = bank.num_experts, rows, tensor
         # [slots, D, N, H] → matrices [slots, N, D, H]; values come out with H before D.
         w_in = quantize(jnp.swapaxes(bank.w_in[...], 1, 2), jnp.dtype(dtype))
@@ -96,6 +85,22 @@ class QuantizedExpertBank(nnx.Module):
         self.w_out_values, self.w_out_scales = (
             kept(value, spec_out) for value in (w_out.values, w_out.scales)
         )
+
+    @staticmethod
+    def check(bank: ExpertBank, dtype: WeightDtype, *, rows: ExpertRows, tensor: int) -> None:
+        """Raises the UserErrors of the constructor, with its arguments."""
+        if bank.b_in is not None:
+            raise UserError("quantized experts with bias=True: only experts without biases can be")
+        hidden = bank.w_out.shape[1]
+        if tensor > 1 and hidden % (tensor * BLOCK):
+            raise UserError(
+                f"hidden={hidden} over tensor={tensor} devices: quantized experts need a multiple "
+                f"of {BLOCK} on each; use a smaller tensor axis"
+            )
+        if rows == "float8" and dtype != "float8_e4m3fn":
+            raise UserError(
+                f"rows='float8' with {dtype} weights: float8 rows need float8_e4m3fn weights"
+            )
 
     @property
     def _kernel_rows(self) -> quantized_experts.Rows:

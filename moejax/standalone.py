@@ -8,7 +8,7 @@ they are (each device its own), and pulls back and reduces in the backward's sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from moejax.errors import UserError
 from moejax.layer import MoEAux, MoELayer
 from moejax.placement.arrays import Placement
 from moejax.routing.bias import update_bias
+from pallas_kernels.tuning.lookup import trace_context
 from sharding.collectives import psum_statistics
 from sharding.gradients import reduce_gradients
 from sharding.mesh import AXES, EXPERT, TOKEN_AXES
@@ -92,7 +93,8 @@ class ShardedMoELayer(nnx.Module):
         mask_T = jnp.pad(mask_T, (0, padding))
         x_TD = jnp.pad(x.reshape(tokens, self.d_model), ((0, padding), (0, 0)))
         graph, params, rest = nnx.split(self.layer, nnx.Param, ...)  # type: ignore[misc]
-        y_TD, loss, aux = _apply(self.mesh, graph, params, x_TD, (rest, mask_T, placement))
+        context, rest = trace_context(), (rest, mask_T, placement)
+        y_TD, loss, aux = _apply(self.mesh, graph, context, params, x_TD, rest)
         return y_TD[:tokens].reshape(x.shape), loss, aux
 
     def update_bias(self, aux: MoEAux) -> None:
@@ -156,9 +158,10 @@ def _initializer(
     return graph, make
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # else a call outside of jit compiles each operation
-def _apply(mesh: Mesh, graph: Any, params: Any, x_TD: jax.Array, rest: tuple):
+@partial(jax.jit, static_argnums=(0, 1, 2))  # else a call outside of jit compiles each operation
+def _apply(mesh: Mesh, graph: Any, context: Hashable, params: Any, x_TD: jax.Array, rest: tuple):
     """Output, loss and report; `rest`: other variables, token mask and placement."""
+    del context  # another one is another trace
     specs = specs_of(params)
     tokens, every = P(TOKEN_AXES), P(AXES)
     in_specs = (specs, tokens, (specs_of(rest[0]), tokens, P()))

@@ -34,7 +34,7 @@ def active_matrix_parameters(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: attention, router, K experts, shared, head.
 
     The embedding is a lookup and counts nothing; norms and biases are left out, and so is folding
-    projections of rows into the experts' weights, which is once a step, not a token.
+    projections of rows into the experts' weights, which is once a microbatch, not a token.
     """
     attention, d_model = config.attention, config.d_model
     heads = 2 * attention.num_heads + 2 * attention.num_kv_heads

@@ -1,7 +1,8 @@
-"""Measured figures of a machine, by the name of its devices: what cost models are fed with.
+"""Measured figures of a machine, by the name of its devices, for `moejax.exchange.suggest`.
 
 They lie in `sharding/machines/<device>.json`, written by `python -m sharding.measure` on such a
-machine. Where none are known nothing is predicted, and choices fall back to counted bytes.
+machine. Where none are known nothing is predicted. No layer reads them: the exchange's mode `auto`
+goes by counted bytes alone.
 """
 
 from __future__ import annotations
@@ -98,9 +99,16 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """Writes figures where `read_machine` reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(machine), indent=2) + "\n", encoding="utf-8")
+    """Writes figures where `read_machine` reads them.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(machine), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; name another file") from None
 
 
 @lru_cache

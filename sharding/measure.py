@@ -7,6 +7,7 @@ call is left out, and that grows until it takes long enough to be timed.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -43,10 +44,11 @@ def _grown(at: Callable[[int], tuple[float, int]], size: int, long: float) -> tu
         size *= 2
 
 
-def _repeated(operation: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _repeated(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """A program of an operand that the operation gives anew, and of others that stay."""
     from jax import lax
 
-    return lambda x: lax.fori_loop(0, REPEATS, lambda _, x: operation(x), x)
+    return lambda x, *others: lax.fori_loop(0, REPEATS, lambda _, x: operation(x, *others), x)
 
 
 def _product(long: float) -> float:
@@ -61,8 +63,7 @@ def _product(long: float) -> float:
         x = jax.random.normal(keys[0], (2 * size, size), jnp.bfloat16)
         w = jax.random.normal(keys[1], (2, size, size), jnp.bfloat16) / size**0.5
         sizes = jnp.full((2,), size, jnp.int32)
-        run = jax.jit(_repeated(lambda x: grouped_matmul(x, w.astype(x.dtype), sizes)))
-        return _seconds(run, x), x.nbytes
+        return _seconds(jax.jit(_repeated(grouped_matmul)), x, w, sizes), x.nbytes
 
     seconds, size = _grown(at, 256, long)
     return 2 * 2 * size**3 / seconds
@@ -85,6 +86,7 @@ def _links(long: float) -> tuple[float, float]:
     """Bytes a second that leave a device in a large all-to-all, and seconds of a tiny one."""
     import jax
     from jax import numpy as jnp
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     from sharding import collectives
@@ -94,7 +96,11 @@ def _links(long: float) -> tuple[float, float]:
     mesh = make_mesh(MeshShape(expert=devices))
 
     def at(size: int) -> tuple[float, int]:
-        x = jax.random.bits(jax.random.key(0), (devices * devices, size), jnp.uint8)
+        def draw() -> jax.Array:
+            return jax.random.bits(jax.random.key(0), (devices * devices, size), jnp.uint8)
+
+        # Where the program takes it, so that a call moves nothing but what is measured.
+        x = jax.jit(draw, out_shardings=NamedSharding(mesh, P(EXPERT)))()
         body = _repeated(lambda x: collectives.all_to_all(x, EXPERT))
         mapped = jax.shard_map(
             body, mesh=mesh, in_specs=P(EXPERT), out_specs=P(EXPERT), check_vma=False
@@ -130,21 +136,27 @@ def measure(long: float = LONG) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = ArgumentParser(prog="python -m sharding.measure", description=main.__doc__)
-    parser.description = "Measures this machine's devices and links, for the choices of `auto`."
+    parser = ArgumentParser(prog="python -m sharding.measure")
+    parser.description = (
+        "Measures this machine's devices and links, for python -m moejax.exchange.suggest."
+    )
     parser.add_argument("--output", type=Path, help="a file instead of the library's own")
     arguments = parser.parse_args(argv)
 
+    from moejax.errors import UserError
     from sharding.machine import machine_file, write_machine
 
     machine = measure()
-    path = arguments.output or machine_file(machine.device)
-    write_machine(machine, path)
     print(f"{machine.device}: {machine.product_flops / 1e12:.3g} TFLOP/s in products,")
     print(f"{machine.memory_bytes / 1e9:.4g} GB/s from memory,")
     if machine.devices > 1:
         links, tiny = machine.link_bytes / 1e9, machine.link_seconds * 1e6
         print(f"{links:.4g} GB/s to {machine.devices - 1} others, {tiny:.3g} µs at least;")
+    path = arguments.output or machine_file(machine.device)
+    try:
+        write_machine(machine, path)
+    except UserError as error:
+        sys.exit(f"measure: {error} with --output")
     print(f"written to {path}")
 
 

@@ -99,7 +99,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("zero", "scatter_gradients", "gradient reduction"),
     ("gradients", "global_norm", "gradient norm"),
     ("losses", "router_losses", "router statistics"),
-    ("plan", "make_plan", "number of waves"),
+    ("plan", "make_plans", "number of waves"),
     ("hierarchy", "make_plans", "number of waves"),
     ("capacity", "drop_over_capacity", "capacity counts"),
     ("arrays", "gather_bank", "replica gather"),

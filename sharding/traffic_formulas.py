@@ -258,7 +258,14 @@ class _Formulas:
         yield way("dispatch", "backward", back)
         yield way("combine", "forward", home)
         yield way("combine", "backward", again)
+        # A projection's gradient needs the outputs at home.
+        twice = budget.wire.combine_dim is not None and self.model_config.remat != "none"
+        if twice:
+            yield way("combine", "recomputed", home)
         if further:
+            if twice:
+                yield way("further wave", "recomputed", *out)
+                yield way("further wave", "recomputed", home)
             yield way("further wave", "forward", *out)
             yield way("further wave", "forward", home)
             # The backward of a further wave dispatches its rows once more.

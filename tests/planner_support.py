@@ -95,6 +95,26 @@ CASES = {
             model={"remat": "layer"},
         ),
     ),
+    "fewer columns, rematted, in chunks between hosts": (
+        (1, 4, 1),
+        run_config(
+            exchange={
+                "mode": "all_to_all",
+                "bucket_rows": 8,
+                "host_devices": 2,
+                "chunks": 2,
+                "wire": WireConfig("int8", dispatch_dim=64, combine_dim=96),
+            },
+            model={"remat": "layer"},
+        ),
+    ),
+    "fewer columns in a ring, products kept": (
+        (1, 4, 1),
+        run_config(
+            exchange={"mode": "ring", "wire": WireConfig(combine_dim=96)},
+            model={"remat": "dots", "num_layers": 1},
+        ),
+    ),
     "buckets in four chunks": (
         (2, 4, 1),
         run_config(exchange={"mode": "all_to_all", "bucket_rows": 3, "chunks": 4}),

@@ -14,7 +14,14 @@ from moejax.training.config import OptimizerConfig
 from moejax.training.optimizer import adamw_update, init_moments, learning_rate
 
 # Names as in the model: w… are matrices, the rest norms and biases.
-SHAPES = {"w_q": (4, 6), "w_EDH": (3, 4, 2), "scale": (6,), "b": (5,), "bias_E": (3,)}
+SHAPES = {
+    "w_q": (4, 6),
+    "w_EDH": (3, 4, 2),
+    "scale": (6,),
+    "b": (5,),
+    "bias_E": (3,),
+    "u_DR": (6, 2),
+}
 
 
 def state(values):

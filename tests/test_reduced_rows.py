@@ -137,8 +137,9 @@ def test_narrow_rows_are_rounded(rng):
     eight = dict.fromkeys(("dispatch", "combine", "dispatch_grad", "combine_grad"), "int8")
     run = sharded_layer((1, 4, 1), with_wire(config, **wire, **eight), D, 8)(weights, x, ct, mask)
     found = {part: relative(*pair) for part, pair in error_norms(run, want).items()}
-    exact = ("router", "router_b")  # also by the auxiliary losses, of whole tokens
-    assert all(1e-4 < error < 3e-2 for part, error in found.items() if part not in exact), found
+    exact = ("loss", "router", "router_b")  # errors cancel; also by the losses of whole tokens
+    # Worst of 3,776 draws 1.8e-2, least of what is not exact 2.8e-3.
+    assert all(error < 3e-2 and (error > 1e-4 or part in exact) for part, error in found.items())
 
 
 def test_bytes_of_the_traced_program():
@@ -252,6 +253,9 @@ def test_folding_once(rng):
     assert moe.layer.bank.w_in_values.shape[3] == 96
     assert 1e-4 < relative_error(output(moe, x), want) < 2e-2
     direct = standalone(dispatch_dim=96, combine_dim=40)
+    with pytest.raises(UserError, match="float8 rows need"):
+        direct.layer.quantize_experts("int8", rows="float8")
+    assert not direct.layer.folded and direct.layer.bank.w_in.shape[1] != 96
     direct.layer.quantize_experts("int8")
     stored = (nnx.to_pure_dict(nnx.state(m.layer.bank)) for m in (direct, moe))
     jax.tree.map(np.testing.assert_array_equal, *stored)
@@ -266,3 +270,16 @@ def test_what_is_refused():
         standalone(combine_dim=129)
     with pytest.raises(UserError, match="rows of 96 columns with rotate=True"):
         standalone(dispatch="int8", rotate=True, dispatch_dim=96)
+
+
+def test_folded_weights_are_not_kept_for_the_backward():
+    """By remat="dots", which keeps products: these would be a second copy of all experts."""
+    kept = []
+    for wire in WireConfig(), WireConfig(dispatch_dim=96, combine_dim=96):
+        config = run_config(
+            experts={"hidden": 1024},
+            exchange={"mode": "ring", "wire": wire},
+            model={"remat": "dots"},
+        )
+        kept.append(plan(config, MeshShape(1, 4, 1)).memory.kept)
+    assert kept[1] < 2 * kept[0]

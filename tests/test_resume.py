@@ -232,6 +232,8 @@ def test_run_of_another_model(stopped, tmp_path):
     before = snapshot(path)
     line = refused("--run", path, "--model.d-model", "64")
     assert "model.d_model is 32 there and 64 here" in line
+    line = refused("--run", path, "--model.moe.exchange.wire.dispatch", "int8")
+    assert "model.moe.exchange.wire.dispatch is 'compute' there and 'int8' here" in line
     line = refused("--run", path, "--preset", "tiny")
     assert "another configuration" in line and "choose a new run directory" in line
     assert snapshot(path) == before

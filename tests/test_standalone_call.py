@@ -13,7 +13,8 @@ from moejax.config import ExchangeConfig, ExpertsConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
 from moejax.layer import MoELayer
 from moejax.placement.arrays import contiguous, from_slots
-from moejax.standalone import ShardedMoELayer
+from moejax.standalone import ShardedMoELayer, _apply
+from pallas_kernels.tuning.lookup import use_table
 from sharding.mesh import MeshShape, make_mesh
 
 
@@ -150,3 +151,17 @@ def test_the_bare_layer_points_here():
     layer = MoELayer(D, moe(), expert_devices=1, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"outside of a shard_map .*standalone\.ShardedMoELayer"):
         layer(jnp.zeros((4, D), jnp.float32))
+
+
+def test_a_trace_is_kept_for_its_table_alone(called, rng):
+    """Called again it is not traced again; under another table of tile sizes it is, once."""
+    layer, _ = called
+    x, _ = data(rng, 2, 7)
+    layer(x)
+    before = _apply._cache_size()
+    layer(x)
+    assert _apply._cache_size() == before
+    for _ in range(2):
+        with use_table(None):
+            layer(x)
+    assert _apply._cache_size() == before + 1

@@ -80,7 +80,7 @@ def run_chunks(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _share(weights: Any, users: int) -> tuple[Any, ...]:
-    """The same weights for several users, whose gradients are added in float32, rounded once."""
+    """The same weights for several users, whose gradients are added up in float32."""
     return (weights,) * users
 
 

@@ -38,6 +38,12 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _each_slot(projection_DR: jax.Array, slots: int) -> jax.Array:
+    """[…, S, D, R]: products without a batch are what remat="dots" keeps for the backward."""
+    shape = (*projection_DR.shape[:-2], slots, *projection_DR.shape[-2:])
+    return jnp.broadcast_to(projection_DR[..., None, :, :], shape)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Projections:
@@ -66,19 +72,26 @@ class Projections:
         """Weights for narrow rows, from those for whole ones.
 
         Costs 2·D·r·N·H operations a slot for the way out and 2·D·r'·H for the way home, three times
-        that with their gradients, however many tokens there are.
+        that with their gradients and a fourth where a layer is recomputed, however many tokens
+        there are. Leading dimensions, such as those of scanned layers, are folded one by one.
 
         Args:
             weights: in the projections' dtype.
         """
+        slots, _, parts, hidden = weights.w_in_SDNH.shape[-4:]
         if self.u_DR is not None:
-            folded = _product("dr,sdnh->srnh", self.u_DR, weights.w_in_SDNH)
-            weights = replace(weights, w_in_SDNH=folded.astype(weights.w_in_SDNH.dtype))
+            u_SRD = jnp.swapaxes(_each_slot(self.u_DR, slots), -1, -2)
+            flat = weights.w_in_SDNH.reshape(*weights.w_in_SDNH.shape[:-2], -1)
+            folded = _product("...srd,...sdk->...srk", u_SRD, flat).astype(flat.dtype)
+            folded = folded.reshape(*folded.shape[:-1], parts, hidden)
+            weights = replace(weights, w_in_SDNH=folded)
         if self.v_DR is not None:
-            folded = _product("shd,dr->shr", weights.w_out_SHD, self.v_DR)
-            weights = replace(weights, w_out_SHD=folded.astype(weights.w_out_SHD.dtype))
+            v_SDR, w_out = _each_slot(self.v_DR, slots), weights.w_out_SHD
+            folded = _product("...shd,...sdr->...shr", w_out, v_SDR).astype(w_out.dtype)
+            weights = replace(weights, w_out_SHD=folded)
             if weights.b_out_SD is not None:
-                folded = _product("sd,dr->sr", weights.b_out_SD, self.v_DR)
+                bias_SD, v_DR = (a.astype(jnp.float32) for a in (weights.b_out_SD, self.v_DR))
+                folded = jnp.matmul(bias_SD, v_DR, precision="highest")
                 weights = replace(weights, b_out_SD=folded.astype(weights.b_out_SD.dtype))
         return weights
 

@@ -1,7 +1,9 @@
 """`python -m moejax.exchange.suggest`: which mode and how many chunks, by measured figures.
 
 Predicts the forward of one layer in every mode and number of chunks (`moejax.exchange.cost`) with
-the figures of a machine (`python -m sharding.measure`), and prints them, the fastest first.
+the figures of a machine (`python -m sharding.measure`), and prints them, the fastest first. That
+chunks travel while others are computed is predicted for programs that are compiled with
+`sharding.schedule.compile_overlapped`; `train.py` does not compile its own so yet.
 """
 
 from __future__ import annotations
@@ -25,18 +27,39 @@ CHUNKS = (1, 2, 4, 8)
 
 
 def suggest(
-    config: MoEConfig, work: Work, machine: Machine, *, tokens: int, devices: int
+    config: MoEConfig,
+    machine: Machine,
+    *,
+    d_model: int,
+    dtype: str,
+    tokens: int,
+    devices: int,
+    tensor: int = 1,
 ) -> list[tuple[Budget, Prediction]]:
     """Every way to run a layer's exchange, the fastest first; of equals the simplest.
 
     Args:
         config: of the layer; its mode and chunks are not looked at.
-        work: what it computes on a device.
         machine: figures of the devices and their links.
+        d_model: D.
+        dtype: of the rows and the weights.
         tokens: T of a device.
         devices: G along `expert`, all of one host.
+        tensor: devices that an expert's hidden width is split over.
+
+    Raises:
+        UserError: the figures are of one device and say nothing of links, or there are more devices
+            than experts.
+        NotImplementedError: the exchange is one between hosts.
     """
-    experts = config.router.num_experts
+    if devices > machine.devices == 1:
+        raise UserError(
+            f"{machine.device!r} was measured with 1 device: the links between {devices} are not "
+            "known; measure again with several"
+        )
+    experts, wire = config.router.num_experts, config.exchange.wire
+    hidden = -(-config.experts.hidden // tensor)
+    work = Work(d_model, hidden, config.experts.num_in, dtype, wire)
     ways: list[tuple[Budget, Prediction]] = []
     for chunks in CHUNKS:
         for mode in ("ring", "all_to_all"):
@@ -74,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         for line in _lines(arguments):
             print(line)
-    except UserError as error:
+    except (UserError, NotImplementedError) as error:
         sys.exit(f"suggest: {error}")
 
 
@@ -85,10 +108,15 @@ def _lines(arguments) -> list[str]:
     if arguments.tokens < 1 or arguments.devices < 1 or arguments.tensor < 1:
         raise UserError("tokens, devices and tensor: each is at least 1")
     machine = _machine(arguments.machine)
-    moe = model.moe
-    hidden = -(-moe.experts.hidden // arguments.tensor)
-    work = Work(model.d_model, hidden, moe.experts.num_in, model.compute_dtype)
-    ways = suggest(moe, work, machine, tokens=arguments.tokens, devices=arguments.devices)
+    ways = suggest(
+        model.moe,
+        machine,
+        d_model=model.d_model,
+        dtype=model.compute_dtype,
+        tokens=arguments.tokens,
+        devices=arguments.devices,
+        tensor=arguments.tensor,
+    )
     lines = [f"{'mode':<12}{'chunks':>6}{'ms':>9}   of a chunk: dispatch, experts, combine"]
     for budget, time in ways:
         parts = (time.dispatch, time.experts, time.combine)
@@ -96,7 +124,8 @@ def _lines(arguments) -> list[str]:
         lines.append(f"{budget.mode:<12}{budget.chunks:>6}{1e3 * time.total:>9.3f}   {chunk}")
     best = ways[0][0]
     flags = f"--model.moe.exchange.mode {best.mode} --model.moe.exchange.chunks {best.chunks}"
-    return [*lines, f"fastest, as predicted: {flags}"]
+    compiled = "compiled with sharding.schedule.compile_overlapped (train.py does not yet)"
+    return [*lines, f"fastest, as predicted for programs {compiled}: {flags}"]
 
 
 def _machine(path: Path | None) -> Machine:

@@ -49,7 +49,7 @@ def init_moments(masters: Any) -> tuple[Any, Any]:
 
 
 def _decays(masters: nnx.State) -> Any:
-    """1.0 for matrices (named w…), 0.0 for norms and biases; a tree like the masters."""
+    """1.0 for matrices (named w…), 0.0 for norms, biases and projections; like the masters."""
     flat = [
         (path, variable.replace(1.0 if str(path[-1]).startswith("w") else 0.0))
         for path, variable in nnx.to_flat_state(masters)

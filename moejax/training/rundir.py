@@ -99,12 +99,15 @@ class RunDir:
         """`expert_load.png`."""
         return self.path / "expert_load.png"
 
-    def bind_config(self, config: Any, must_match: Sequence[str] = ("model",)) -> bool:
+    def bind_config(
+        self, config: Any, must_match: Sequence[str] = ("model",), free: Sequence[str] = ()
+    ) -> bool:
         """Writes `config.json`; a run that was here before must have had the same model.
 
         Args:
             config: the resolved configuration, a dataclass.
             must_match: its fields that a run cannot change; the others are replaced.
+            free: dotted names inside of those that it can.
 
         Returns:
             Whether the run existed.
@@ -113,14 +116,16 @@ class RunDir:
             UserError: such a field differs (each value is named), `config.json` is unreadable, or
                 the disk is full.
         """
-        exists = self.check_config(config, must_match)
+        exists = self.check_config(config, must_match, free)
         if self.writable:
             with disk_errors(self.config_path):
                 text = json.dumps(config_to_json(config), indent=2) + "\n"
                 write_atomically(self.config_path, text)
         return exists
 
-    def check_config(self, config: Any, must_match: Sequence[str] = ("model",)) -> bool:
+    def check_config(
+        self, config: Any, must_match: Sequence[str] = ("model",), free: Sequence[str] = ()
+    ) -> bool:
         """What `bind_config` refuses, and returns, without writing."""
         new = config_to_json(config)
         if not self.config_path.exists():
@@ -128,6 +133,7 @@ class RunDir:
         old = self._read_json()
         pairs = [(_entry(old, name), _entry(new, name), name) for name in must_match]
         found = [d for a, b, name in pairs for d in config_differences(a, b, name)]
+        found = [difference for difference in found if difference[0] not in free]
         if found:
             told = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in found)
             raise UserError(

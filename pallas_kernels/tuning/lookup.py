@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
+from pallas_kernels.interpreting import is_interpreted
 from pallas_kernels.tuning.product import Cut, Product
 from pallas_kernels.tuning.table import Table, device_slug, read_table
 
-__all__ = ["cut_for", "device_kind", "package_table", "recorded", "use_table"]
+__all__ = [
+    "cut_for",
+    "device_kind",
+    "package_table",
+    "recorded",
+    "trace_context",
+    "use_table",
+]
 
 TABLES = Path(__file__).parent / "tables"
 NONE = Table("", {})
@@ -75,6 +83,27 @@ def recorded() -> Iterator[dict[Product, Cut]]:
         yield asked
     finally:
         _asked.reset(token)
+
+
+class _Itself:
+    """An object as a key that is equal to no other object."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def trace_context() -> Hashable:
+    """What a trace of kernels depends on beside its arguments, for functions that keep traces.
+
+    The table in use, what records, and whether kernels are interpreted.
+    """
+    return _Itself(_used.get()), _Itself(_asked.get()), is_interpreted()
 
 
 def cut_for(product: Product, heuristic: Cut) -> Cut:
