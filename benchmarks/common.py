@@ -1,4 +1,4 @@
-"""What all benchmarks share: how results are written.
+"""What all benchmarks share: how results are written, and the mesh of those of several devices.
 
 benchmarks/results/NAME.json = {"device", "jax", "commit", "command", "rows": [...]}
 """
@@ -66,3 +66,20 @@ def write_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
+
+
+def expert_mesh(devices: int | None, tiny: bool) -> Any:
+    """A mesh of some devices, or all, along `expert`; fake ones, 4 if not said, for a rehearsal.
+
+    Raises:
+        SystemExit: it is no rehearsal, and there is no accelerator.
+    """
+    import jax
+
+    from sharding.mesh import MeshShape, make_mesh
+
+    if tiny:
+        jax.config.update("jax_num_cpu_devices", devices or 4)
+    elif jax.devices()[0].platform == "cpu":
+        raise SystemExit("no accelerator here: --tiny rehearses on the CPU")
+    return make_mesh(MeshShape(expert=devices or len(jax.devices())))

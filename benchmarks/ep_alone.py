@@ -5,7 +5,9 @@ own bucket G times, a gather its own piece G times, a sum its own term. So it ha
 with the exchange, and as many assignments of each of its experts as if all tokens were routed as
 its own are. These copies are made in memory, since rows that arrive are there, too. Without experts
 each row that arrived is multiplied with the sum of its weights: read once and written once.
-Everything else is the same program: routing, planning, packing, rounding, sums.
+Everything else is the same program: routing, planning, packing, rounding, sums. In mode `remote`,
+whose experts' kernels send the rows themselves, the parts are of the program in which kernels of
+their own do.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+import moejax.exchange.remote
+import moejax.layer
+from moejax.exchange.budget import Budget
 from moejax.experts import ExpertBank
 from sharding import collectives
 
@@ -64,6 +69,21 @@ class _Clones:
         return x
 
 
+def _clone_rows(x_NW: jax.Array, entries_M: jax.Array, axis: str, tokens: int) -> jax.Array:
+    """The own tokens, or rows of the own tokens, as if everybody had sent them."""
+    del entries_M
+    x_NW = lax.optimization_barrier(x_NW)
+    if x_NW.shape[0] != tokens:
+        x_NW = lax.dynamic_slice_in_dim(x_NW, lax.axis_index(axis) * tokens, tokens)
+    copies = [x_NW] * lax.axis_size(axis)
+    return lax.optimization_barrier(jnp.concatenate(copies))
+
+
+def _apart(budget: Budget, *others: Any) -> Budget:
+    del others
+    return budget
+
+
 def weighted_copy(rows_RD: jax.Array, weight_R: jax.Array) -> jax.Array:
     """What stands for the experts."""
     rows_RD = lax.optimization_barrier(rows_RD)
@@ -87,6 +107,12 @@ def left_out(part: str) -> Iterator[None]:
     with (
         mock.patch.object(ExpertBank, "run", ExpertBank.run if experts else _run),
         mock.patch.object(collectives, "lax", lax if exchange else _Clones()),
+        mock.patch.object(moejax.layer, "with_kernels", _apart),
+        mock.patch.object(
+            moejax.exchange.remote,
+            "push_rows",
+            moejax.exchange.remote.push_rows if exchange else _clone_rows,
+        ),
     ):
         # Functions with gradients of their own are traced once and remembered.
         jax.clear_caches()

@@ -162,6 +162,7 @@ class Batch:
                 "load": float(load_G.max() / load_G.mean()),
                 "expert_load": float(counts_E.max() / counts_E.mean()),
                 "waves": int(aux.counters.waves),
+                "rows": int(aux.counters.rows_host + aux.counters.rows_network) / self.mesh.size,
                 "mode_used": layer.budget(self.shape.tokens).mode,
             }
         return known[alike, routing]
@@ -169,6 +170,9 @@ class Batch:
     def _add_prediction(self, variant: Variant, routing: str, program: Lowered) -> None:
         info = self.info[variant, routing]
         info["bytes_sent"] = round(program.sent + program.further * (info["waves"] - 1))
+        if info["mode_used"] == "remote" and jax.default_backend() == "gpu":  # by kernels
+            ways = 4 if variant.backward else 2
+            info["bytes_sent"] += round(ways * info["rows"] * 2 * self.shape.d_model)
         flops = self.shape.flops(variant.backward)
         info["predicted_ms"] = predicted_ms(
             flops, info["bytes_sent"], variant.chunks, info["load"], *self.rates

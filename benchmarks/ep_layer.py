@@ -35,7 +35,7 @@ import argparse
 import time
 from typing import Any
 
-from common import write_results
+from common import expert_mesh, write_results
 from ep_options import OPTIONS
 from ep_shapes import IMPLS, MODES, PASSES, ROUTINGS, SHAPES, WIRES, link_gbs, one_device_tflops
 
@@ -153,15 +153,7 @@ def measure(args: argparse.Namespace, mesh: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     args = parse()
-    import jax
-
-    from sharding.mesh import MeshShape, make_mesh
-
-    if args.tiny:
-        jax.config.update("jax_num_cpu_devices", args.devices or 4)
-    if jax.devices()[0].platform == "cpu" and not args.tiny:
-        raise SystemExit("no accelerator here: --tiny rehearses on the CPU")
-    measure(args, make_mesh(MeshShape(expert=args.devices or len(jax.devices()))))
+    measure(args, expert_mesh(args.devices, args.tiny))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ep_schedule import FLOPS, SHARES
+from ep_schedule import count, kernel_microseconds
 from layer_shapes import Shape
 
-from sharding.schedule import OVERLAP, compile_overlapped, transfers
+from sharding.schedule import OVERLAP, compile_overlapped
 
 LARGE = 1 << 20  # bytes of a collective that carries rows
 
@@ -70,29 +70,9 @@ def compile_with(lowered: Any, options: str, shape: Shape, chunks: int, link_gbs
     """
     if options != "overlap_costs":
         return lowered.compile(compiler_options=OPTIONS[options])
-    microseconds = shape.flops(False) / chunks / FLOPS * 1e6
-
-    def cost(kernel: str) -> float:
-        return SHARES[kernel] * microseconds if kernel in SHARES else 10.0
-
-    return compile_overlapped(lowered, cost, link_gbs * 1e9)
+    return compile_overlapped(lowered, kernel_microseconds(shape, chunks), link_gbs * 1e9)
 
 
 def scheduled(text: str) -> dict[str, Any]:
-    """What a compiled program does while something travels.
-
-    Args:
-        text: `compiled.as_text()`.
-
-    Returns:
-        its collectives of more than LARGE bytes; those with a kernel of the experts between start
-        and end; the part of all their bytes that these carry.
-    """
-    moved = [t for t in transfers(text) if t.bytes >= LARGE]
-    behind = [t for t in moved if any(k in SHARES for k in t.kernels)]
-    total = sum(t.bytes for t in moved)
-    return {
-        "transfers": len(moved),
-        "behind_experts": len(behind),
-        "bytes_behind": round(sum(t.bytes for t in behind) / total, 3) if total else None,
-    }
+    """`ep_schedule.count` of a compiled program's text."""
+    return count(text, LARGE)

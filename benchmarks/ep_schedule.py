@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from jax import numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from layer_shapes import Shape
 
 from moejax.config import ExchangeConfig, ExpertsConfig, MoEConfig, RouterConfig
 from moejax.layer import MoELayer
@@ -57,7 +59,7 @@ def mesh_of_four() -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def lowered(shape: Any, mode: str, chunks: int, backward: bool, mesh: Mesh) -> Any:
+def lowered(shape: Shape, mode: str, chunks: int, backward: bool, mesh: Mesh) -> Any:
     """The layer in bfloat16, in buckets or chunks of a size that no routing overflows."""
     config = MoEConfig(
         RouterConfig(num_experts=shape.experts, top_k=shape.top_k),
@@ -98,16 +100,31 @@ def lowered(shape: Any, mode: str, chunks: int, backward: bool, mesh: Mesh) -> A
     return jax.jit(mapped).trace(params, x, x).lower(lowering_platforms=("cuda",))
 
 
-def count(text: str, row_bytes: int, tokens: int) -> dict[str, Any]:
-    """Collectives that carry rows; those with experts or their gradients beside them."""
-    moved = [t for t in transfers(text) if t.bytes >= row_bytes * tokens]
+def count(text: str, least: int) -> dict[str, Any]:
+    """What a compiled program does while something travels.
+
+    Args:
+        text: `compiled.as_text()`.
+        least: bytes of a collective that carries rows.
+
+    Returns:
+        its collectives of at least so many bytes; those with a kernel of the experts between start
+        and end; the part of all their bytes that these carry.
+    """
+    moved = [t for t in transfers(text) if t.bytes >= least]
     behind = [t for t in moved if any(k in SHARES for k in t.kernels)]
     total, hidden = (sum(t.bytes for t in some) for some in (moved, behind))
     return {
         "transfers": len(moved),
         "behind_experts": len(behind),
-        "bytes_behind": round(hidden / total, 3),
+        "bytes_behind": round(hidden / total, 3) if total else None,
     }
+
+
+def kernel_microseconds(shape: Shape, chunks: int) -> Callable[[str], float]:
+    """About how long a kernel takes for one chunk, by its name."""
+    forward = shape.flops(False) / chunks / FLOPS * 1e6
+    return lambda kernel: SHARES[kernel] * forward if kernel in SHARES else 10.0
 
 
 def main() -> None:
@@ -126,11 +143,7 @@ def main() -> None:
         args.shapes, args.modes, args.chunks, args.passes
     ):
         shape = SHAPES[name]
-        flops = 6 * shape.tokens * shape.d_model * shape.hidden * shape.top_k / chunks
-
-        def microseconds(kernel: str, flops: float = flops) -> float:
-            return 1e6 * SHARES[kernel] * flops / FLOPS if kernel in SHARES else 10.0
-
+        microseconds = kernel_microseconds(shape, chunks)
         program = lowered(shape, mode, chunks, which == "fwdbwd", mesh)
         compiled = {
             "default": program.compile(),
@@ -138,7 +151,7 @@ def main() -> None:
             "costs": compile_overlapped(program, microseconds, LINK_BYTES),
         }
         for options, one in compiled.items():
-            found = count(one.as_text(), 2 * shape.d_model, shape.tokens // chunks)
+            found = count(one.as_text(), 2 * shape.d_model * (shape.tokens // chunks))
             keys = {"shape": name, "mode": mode, "chunks": chunks, "pass": which}
             rows.append(keys | {"options": options} | found)
             print(rows[-1], flush=True)

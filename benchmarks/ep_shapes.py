@@ -27,7 +27,7 @@ SHAPES = {
 }
 ROUTINGS = ("balanced", "zipf")
 PASSES = ("fwd", "fwdbwd")
-MODES = ("auto", "all_to_all", "ring")
+MODES = ("auto", "all_to_all", "ring", "remote")
 WIRES = ("exact", "int8", "float8")
 LIKE = {"dsv3": "sonic_fine"}
 """Shapes that were not measured on one device, and the closest that was."""

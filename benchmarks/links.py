@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from common import write_results
+from common import expert_mesh, write_results
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [64 * KIB << (2 * i) for i in range(8)]  # 64 KiB … 1 GiB
@@ -281,15 +281,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    import jax
-
-    from sharding.mesh import MeshShape, make_mesh
-
-    if args.tiny:
-        jax.config.update("jax_num_cpu_devices", args.devices or 4)
-    if jax.devices()[0].platform == "cpu" and not args.tiny:
-        raise SystemExit("no accelerator here: --tiny rehearses on the CPU")
-    measure(args, make_mesh(MeshShape(expert=args.devices or len(jax.devices()))))
+    measure(args, expert_mesh(args.devices, args.tiny))
 
 
 if __name__ == "__main__":

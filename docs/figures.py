@@ -119,8 +119,8 @@ def presets() -> str:
 
 
 def exchange() -> str:
-    """What `auto` picks for 4096 tokens a device, by `moejax.exchange.choose`."""
-    from moejax.exchange import choose
+    """What `auto` picks for 4096 tokens a device, by `moejax.exchange.choose_for`."""
+    from moejax.exchange import choose_for
     from moejax.exchange.budget import probability_of_device
     from moejax.presets import PRESETS
 
@@ -130,14 +130,7 @@ def exchange() -> str:
         experts, top_k = moe.router.num_experts, moe.router.top_k
         for devices in (2, 4, 8):
             slots = experts // devices
-            budget = choose(
-                moe.exchange,
-                tokens=4096,
-                top_k=top_k,
-                num_experts=experts,
-                slots=slots,
-                devices=devices,
-            )
+            budget = choose_for(moe, tokens=4096, devices=devices)
             distinct = devices * probability_of_device(experts, slots, top_k)
             expected = 4096 * distinct / devices
             rows.append(

@@ -29,7 +29,7 @@ __all__ = [
 ScoreFunction = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
-ExchangeMode = Literal["auto", "local", "all_to_all", "ring"]
+ExchangeMode = Literal["auto", "local", "all_to_all", "ring", "remote"]
 WireFormat = Literal["compute", "int8", "float8", "int4"]
 RematPolicy = Literal["none", "layer", "dots"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -202,7 +202,9 @@ class ExchangeConfig:
 
     Attributes:
         mode: `local` (one device along `expert`), `all_to_all`, `ring` (all-gather in,
-            reduce-scatter back), or `auto`, which picks by counted bytes.
+            reduce-scatter back), `remote` (rows are written straight into the other GPUs' memory by
+            a kernel of ours, one process for all GPUs of a host; elsewhere the same rows by XLA's
+            all-to-all), or `auto`, which picks one of the first three by counted bytes.
         bucket_rows: rows C of one (source, device) bucket; None derives it from `bucket_slack`.
         bucket_slack: buckets hold this multiple of the expected number of rows, at most T; what
             does not fit travels in further waves. `inf` gives buckets of T: one wave, whatever

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,12 +17,21 @@ from moejax.exchange.modes import Rows
 from moejax.model.initializers import INIT_STD
 from moejax.placement.arrays import Placement, gather_bank, home_slots, num_slots
 from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.fused_experts import remote
+from pallas_kernels.fused_experts.remote import PushedRows, remote_experts
 from pallas_kernels.hopper.tiles import TileMap
 from pallas_kernels.route.api import sorted_tiles
 from sharding import collectives
 from sharding.mesh import EXPERT, TENSOR
 
-__all__ = ["ExpertBank", "ExpertWeights", "lay_out", "places_for", "run_experts"]
+__all__ = [
+    "ExpertBank",
+    "ExpertWeights",
+    "lay_out",
+    "places_for",
+    "run_experts",
+    "with_kernels",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -165,6 +174,24 @@ def lay_out(rows: Rows, slots: int, budget: Budget) -> tuple[int, tuple[jax.Arra
     return assignments, (place_RJ, copy_A, sizes_S), tiles
 
 
+def with_kernels(budget: Budget, weights: ExpertWeights, config: ExpertsConfig, dtype) -> Budget:
+    """The budget, `fused` where the experts' kernels can send the rows themselves.
+
+    Args:
+        budget: static sizes.
+        weights: of this device's slots.
+        config: what an expert computes.
+        dtype: of the rows.
+    """
+    exact = all(form == "compute" for form in budget.wire.formats)
+    if budget.mode != "remote" or not exact:
+        return budget
+    _, d_model, _, hidden = weights.w_in_SDNH.shape
+    d_out = weights.w_out_SHD.shape[2]
+    case = fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
+    return replace(budget, fused=remote.refusal(case) is None)
+
+
 def run_experts(
     rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
 ) -> jax.Array:
@@ -178,9 +205,23 @@ def run_experts(
 
     Returns:
         [R, D] in the rows' dtype, summed in float32 and rounded once; partial sums when H is
-        split over `tensor`. Zero for rows without an assignment here.
+        split over `tensor`. Zero for rows without an assignment here. Of rows that the kernels
+        send themselves, the sums at home: float32 [T, D].
     """
     assignments, layout, tiles = lay_out(rows, weights.w_in_SDNH.shape[0], budget)
+    if isinstance(rows.routes, PushedRows):
+        return remote_experts(
+            rows.x_RD,
+            weights.w_in_SDNH,
+            weights.w_out_SHD,
+            rows.scores_RJ,
+            *layout,
+            rows=rows.routes,
+            activation=config.activation,
+            tiles=tiles,
+            assignments=assignments,
+            reserve_sms=budget.reserve_sms,
+        )
     return fused.fused_experts(
         rows.x_RD,
         weights.w_in_SDNH,

@@ -24,10 +24,10 @@ from moejax.errors import UserError
 from moejax.exchange import codec
 from moejax.exchange.counters import ExchangeCounters, over_devices
 from moejax.exchange.reduced import RowMoments, RowProjections, row_moments
-from moejax.experts import ExpertBank, ExpertWeights, places_for
+from moejax.experts import ExpertBank, ExpertWeights, places_for, with_kernels
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
-from moejax.placement.arrays import Placement, home_slots, num_slots, place
+from moejax.placement.arrays import Placement, home_slots, place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
@@ -189,6 +189,8 @@ class MoELayer(nnx.Module):
         weights = self.bank.weights(placement, x_TD.dtype)
         if isinstance(weights, ExpertWeights) and not self.folded:
             weights = projections.fold(weights)
+        if isinstance(weights, ExpertWeights):
+            budget = with_kernels(budget, weights, self.config.experts, x_TD.dtype)
         run = partial(self.bank.run, budget=budget.innermost, config=self.config.experts)
         experts = exchange.inside_hosts(run, budget)
         rows_TR = projections.narrow(x_TD)
@@ -259,18 +261,10 @@ class MoELayer(nnx.Module):
 
     def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:
         """The static sizes and the mode of the exchange for T tokens a device."""
-        router = self.config.router
-        slots = num_slots(router.num_experts, self.expert_devices)
+        devices, slots = self.expert_devices, None
         if placement is not None:
-            slots = placement.slot_expert_P.shape[-1] // self.expert_devices
-        return exchange.choose(
-            self.config.exchange,
-            tokens=tokens,
-            top_k=router.top_k,
-            num_experts=router.num_experts,
-            slots=slots,
-            devices=self.expert_devices,
-        )
+            slots = placement.slot_expert_P.shape[-1] // devices
+        return exchange.choose_for(self.config, tokens=tokens, devices=devices, slots=slots)
 
     def _place(
         self, routing: Routing, placement: Placement | None

@@ -36,7 +36,7 @@ def _seconds(run: Callable[..., Any], *operands: Any) -> float:
 
 
 def _grown(at: Callable[[int], tuple[float, int]], size: int, long: float) -> tuple[float, int]:
-    """Seconds at the first size that takes long enough, and the bytes of its operand."""
+    """The first size that takes long enough, after its seconds; `at` gives seconds and bytes."""
     while True:
         seconds, operand = at(size)
         if seconds * REPEATS >= long or 2 * operand > LARGEST:

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from moejax.config import LayerConfig, ModelConfig
-from moejax.exchange.budget import Budget, choose
+from moejax.exchange.budget import Budget, choose_for
 from moejax.exchange.wire import row_bytes
 from moejax.placement.arrays import num_slots
 from moejax.training.config import TrainConfig
@@ -55,15 +55,7 @@ def layer_budget(layer: LayerConfig, tokens: int, devices: int) -> Budget:
         devices: G along `expert`.
     """
     assert layer.moe is not None
-    router = layer.moe.router
-    return choose(
-        layer.moe.exchange,
-        tokens=tokens,
-        top_k=router.top_k,
-        num_experts=router.num_experts,
-        slots=num_slots(router.num_experts, devices),
-        devices=devices,
-    )
+    return choose_for(layer.moe, tokens=tokens, devices=devices)
 
 
 def variables_of(params: nnx.State, storage: Any) -> Iterator[tuple[tuple[int, ...], Storage]]:
@@ -235,15 +227,21 @@ class _Formulas:
         """The rows of an exchange, or of one of its two levels.
 
         `chunks` are those of the outer level, `further` its further waves if each loop turns once.
+        Mode `remote` is counted as it runs without its kernel, with rows that nobody needs; of the
+        bytes of rows the kernel sends the part that `Budget.moved_rows` expects.
         """
         rows, times = budget.received_rows, self.config.accumulate * chunks
-        # A ring's tokens carry slots and scores of all their experts everywhere.
-        copies = budget.top_k if budget.mode == "ring" else budget.copies
         dtype = self.model_config.compute_dtype
-        sizes = row_bytes(layer.d_model, dtype, copies, budget.wire)
-        out: tuple[int, Kind] = (rows * sizes[0], "all-to-all")
+        sizes = row_bytes(layer.d_model, dtype, budget.carried, budget.wire)
+        out: list[tuple[int, Kind]] = [(rows * sizes[0], "all-to-all")]
         if budget.mode == "ring":
-            out = (budget.tokens * sizes[0], "all-gather")
+            out = [(budget.tokens * sizes[0], "all-gather")]
+        elif budget.mode == "remote":  # slots and scores of all tokens go everywhere
+            beside = 8 * budget.carried
+            out = [
+                (rows * (sizes[0] - beside), "all-to-all"),
+                (budget.tokens * beside, "all-gather"),
+            ]
         home, back, again = (rows * size for size in sizes[1:])
 
         def way(name: str, phase: Phase, operand: int, kind: Kind = "all-to-all") -> Crossing:
@@ -252,9 +250,12 @@ class _Formulas:
             sent = often * sent_bytes(kind, budget.devices, operand)
             return Crossing(name, phase, kind, (EXPERT,), often, sent, extra, part)
 
-        yield way("dispatch", "forward", *out)
+        def outward(name: str, phase: Phase) -> Iterator[Crossing]:
+            return (way(name, phase, *part) for part in out)
+
+        yield from outward("dispatch", "forward")
         if self.model_config.remat != "none":
-            yield way("dispatch", "recomputed", *out)
+            yield from outward("dispatch", "recomputed")
         yield way("dispatch", "backward", back)
         yield way("combine", "forward", home)
         yield way("combine", "backward", again)
@@ -264,12 +265,12 @@ class _Formulas:
             yield way("combine", "recomputed", home)
         if further:
             if twice:
-                yield way("further wave", "recomputed", *out)
+                yield from outward("further wave", "recomputed")
                 yield way("further wave", "recomputed", home)
-            yield way("further wave", "forward", *out)
+            yield from outward("further wave", "forward")
             yield way("further wave", "forward", home)
             # The backward of a further wave dispatches its rows once more.
-            yield way("further wave", "backward", *out)
+            yield from outward("further wave", "backward")
             yield way("further wave", "backward", again)
             yield way("further wave", "backward", back)
 

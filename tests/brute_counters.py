@@ -57,6 +57,8 @@ def brute_counters(slots_STK, budget: Budget, hosts=None) -> dict[str, int]:
             away += count
             near = hosts[device] == hosts[me]
             total["rows_host" if near else "rows_network"] += count
+        if budget.mode == "remote":  # sends what is needed
+            continue
         sent = {"local": 0, "ring": budget.tokens, "all_to_all": budget.rows}[budget.mode]
         total["rows_padding"] += waves * budget.chunks * (budget.devices - 1) * sent - away
     assigned = int((slots_STK >= 0).sum())

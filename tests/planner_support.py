@@ -136,6 +136,22 @@ CASES = {
             },
         ),
     ),
+    "single rows, rounded, rematted, in two chunks and several waves": (
+        (1, 4, 2),
+        run_config(
+            exchange={
+                "mode": "remote",
+                "chunks": 2,
+                "bucket_slack": 0.1,
+                "wire": WireConfig("int8", "compute", "float8", "int8", combine_dim=96),
+            },
+            model={"remat": "layer", "num_layers": 1},
+        ),
+    ),
+    "single rows, exact, one wave": (
+        (2, 4, 1),
+        run_config(exchange={"mode": "remote", "bucket_slack": math.inf}),
+    ),
     "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
     "one device": ((1, 1, 1), run_config()),
 }

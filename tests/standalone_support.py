@@ -40,3 +40,16 @@ def make(build, rng):
 def data(rng, *shape):
     x = rng.normal(size=(*shape, D)).astype(np.float32)
     return x, rng.normal(size=(*shape, 3)).astype(np.float32)
+
+
+def output_and_gradients(layer, x, ct):
+    """Of Σ y·ct with `grad` taken outside: y, then the gradients of all parameters and of x."""
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    def loss(params, x):
+        y, _, _ = nnx.merge(graph, params, rest)(x)
+        return jnp.sum(y * ct), y
+
+    (_, y), found = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+    return y, *jax.tree.leaves(found)

@@ -13,6 +13,7 @@ MODES = {
     "local": ((2, 1, 1), None),
     "all_to_all": ((2, 4, 1), 4),  # with further waves
     "ring": ((1, 4, 2), None),
+    "remote": ((1, 4, 2), None),
 }
 
 

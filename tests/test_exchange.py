@@ -170,11 +170,11 @@ def test_plan_agrees_over_the_mesh(rng):
 # ---- counters ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["local", "all_to_all", "ring"])
+@pytest.mark.parametrize("mode", ["local", "all_to_all", "ring", "remote"])
 @pytest.mark.parametrize("hosts", [None, (0, 0, 0, 0, 1, 1, 1, 1), (0, 1, 2, 0, 1, 2, 0, 1)])
 def test_counters(rng, mode, hosts):
     shape = (1, 8, 6, 2, 6, 12) if mode == "local" else (8, 2, 9, 5, 4, 8)
-    if mode == "ring":
+    if mode in ("ring", "remote"):
         shape = (8, 2, 9, 5, 9, 8)
     budget = make_budget(shape, mode)
     hosts = (0,) if mode == "local" and hosts else hosts

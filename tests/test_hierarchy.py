@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moe_harness import check_report, errors, random_weights, run_oracle, sharded_layer
 from oracle import relative_error
 from planner_support import run_config
+from standalone_support import output_and_gradients
 from test_layer_oracle import BFLOAT16, FLOAT32_BOUND, FULL, D, draw, moe, run_case
 from test_placement_arrays import random_placement
 from test_traffic import compiled_bytes
@@ -210,15 +211,7 @@ def test_in_somebodys_model(rng):
         exchange = ExchangeConfig(bucket_rows=4, host_devices=local)
         config = MoEConfig(RouterConfig(8, 3), ExpertsConfig(32), exchange)
         layer = ShardedMoELayer(16, config, mesh=mesh, rngs=nnx.Rngs(5))
-        graph, params, rest = nnx.split(layer, nnx.Param, ...)
-
-        @jax.jit
-        def loss(params, x):
-            y, _, _ = nnx.merge(graph, params, rest)(x)
-            return jnp.sum(y * ct), y
-
-        (_, y), found = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-        return y, *jax.tree.leaves(found)
+        return output_and_gradients(layer, x, ct)
 
     for got, want in zip(gradients(2), gradients(None), strict=True):
         assert relative_error(got, want) < FLOAT32_BOUND

@@ -244,7 +244,7 @@ def test_fewer_experts_than_devices_is_refused():
 CROSS = [
     (shape, mode)
     for shape in [(1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (8, 1, 1), (1, 3, 1)]
-    for mode in ("local", "all_to_all", "ring", "auto")
+    for mode in ("local", "all_to_all", "ring", "remote", "auto")
     if mode != "local" or shape[1] == 1
 ]
 

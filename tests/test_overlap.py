@@ -135,10 +135,10 @@ def hash_ok(variable):
     return not hasattr(variable, "val")
 
 
-@pytest.mark.parametrize("mode", ["all_to_all", "ring"])
+@pytest.mark.parametrize("mode", ["all_to_all", "ring", "remote"])
 def test_chunks_wait_for_what_they_must(mode):
     chunks, tokens = 4, 8
-    rows = tokens if mode == "ring" else 3
+    rows = 3 if mode == "all_to_all" else tokens
     budget = exchange.Budget(mode, 2, 4, tokens, 2, rows, 99, "test", EXACT_WIRE, chunks)
     assert budget.rows < tokens or budget.single_wave
 

@@ -186,7 +186,9 @@ def compiled_bytes(text: str, mesh: MeshShape) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, remat", [("all_to_all", "layer"), ("ring", "none")])
+@pytest.mark.parametrize(
+    "mode, remat", [("all_to_all", "layer"), ("ring", "none"), ("remote", "none")]
+)
 def test_bytes_and_memory_are_those_of_the_compiled_step(mode, remat):
     config = run_config(
         exchange={"mode": mode, "bucket_slack": math.inf},

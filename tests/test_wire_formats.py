@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 from oracle import relative_error
+from standalone_support import output_and_gradients
 from wire_support import large_rows_alone, run_sharded  # noqa: F401 (a fixture)
 
 from moejax.config import (
@@ -162,7 +163,7 @@ def build(mesh, wire, mode):
 BOUNDS = {"int8": 0.02, "float8": 0.07, "int4": 0.35}
 
 
-@pytest.mark.parametrize("mode", ["all_to_all", "ring"])
+@pytest.mark.parametrize("mode", ["all_to_all", "ring", "remote"])
 @pytest.mark.parametrize("form", LOSSY)
 def test_a_layer(rng, mode, form):
     """Output and gradients are off by rounding, not more, and nothing is zero; several waves."""
@@ -171,16 +172,7 @@ def test_a_layer(rng, mode, form):
     ct = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
     def gradients(wire):
-        moe = build(mesh, wire, mode)
-        graph, params, rest = nnx.split(moe, nnx.Param, ...)
-
-        @jax.jit
-        def loss(params, x):
-            y, _, _ = nnx.merge(graph, params, rest)(x)
-            return jnp.sum(y * ct), y
-
-        (_, y), found = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-        return y, *jax.tree.leaves(found)
+        return output_and_gradients(build(mesh, wire, mode), x, ct)
 
     exact = gradients(EXACT_WIRE)
     for wire in (WireConfig(form, form, form, form), WireConfig(form, form, form, form, True)):

@@ -1,6 +1,6 @@
 """Dispatch and combine: one row per (token, device), exact, in bounded memory."""
 
-from moejax.exchange.budget import Budget, choose
+from moejax.exchange.budget import Budget, choose, choose_for
 from moejax.exchange.capacity import drop_over_capacity, expert_capacity
 from moejax.exchange.counters import ExchangeCounters, count
 from moejax.exchange.hierarchy import inside_hosts, make_plans
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "Rows",
     "choose",
+    "choose_for",
     "combine",
     "count",
     "dispatch",

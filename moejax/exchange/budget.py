@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from moejax.config import EXACT_WIRE, ExchangeConfig, WireConfig
+from moejax.config import EXACT_WIRE, ExchangeConfig, MoEConfig, WireConfig
 from moejax.errors import UserError
+from moejax.placement.arrays import num_slots
 from sharding.collectives import AxisGroups
 from sharding.mesh import EXPERT
 
-__all__ = ["Budget", "choose", "probability_of_device"]
+__all__ = ["Budget", "choose", "choose_for", "probability_of_device"]
 
 
 @dataclass(frozen=True)
 class Budget:
     """The static sizes of an exchange, of one chunk of a device's tokens.
 
-    mode: `local`, `all_to_all` or `ring`.
+    mode: `local`, `all_to_all`, `ring` or `remote`.
     devices: G.   slots: S, a device.   tokens: T, a device, in one chunk.   top_k: K.
     copies: J = min(K, S), the most assignments of one token on one device.
     rows: C, rows a (source, device) pair may send in one wave.
@@ -31,6 +32,8 @@ class Budget:
     inside: of an exchange between hosts: the exchange inside a host that spreads what arrived. The
         outer one's "devices" are then hosts, its slots those of a whole host, and the inner one's
         tokens are the outer one's received rows.
+    hit: probability that a token has a row for a given device.
+    fused: in mode `remote`: the experts' own kernels send rows and sums.
     """
 
     mode: str
@@ -46,6 +49,8 @@ class Budget:
     axis: str | AxisGroups = EXPERT
     inside: Budget | None = None
     reserve_sms: int = 0
+    fused: bool = False
+    hit: float = 1.0
 
     @property
     def innermost(self) -> Budget:
@@ -56,6 +61,16 @@ class Budget:
     def copies(self) -> int:
         """J."""
         return min(self.top_k, self.slots)
+
+    @property
+    def carried(self) -> int:
+        """Assignments that a row on its way out has room for: J, or all K where rows are tokens."""
+        return self.top_k if self.rows_are_tokens else self.copies
+
+    @property
+    def rows_are_tokens(self) -> bool:
+        """Whether a received row g·T + t is token t of device g, and not one of a bucket."""
+        return self.mode in ("ring", "remote")
 
     @property
     def received_rows(self) -> int:
@@ -81,8 +96,12 @@ class Budget:
 
     @property
     def moved_rows(self) -> int:
-        """Rows, filled or not, that leave a device for others in one wave, one way."""
-        return (self.devices - 1) * self.rows
+        """Rows, filled or not, that leave a device for others in one wave, one way.
+
+        In mode `remote`, where only filled ones do, their expectation, if all go in one wave.
+        """
+        pair = round(self.tokens * self.hit) if self.mode == "remote" else self.rows
+        return (self.devices - 1) * pair
 
 
 def probability_of_device(num_experts: int, slots: int, top_k: int) -> float:
@@ -122,7 +141,8 @@ def choose(
     inside the other, each with buckets and mode of its own.
 
     Raises:
-        UserError: mode `local` with more than one device, or hosts of different sizes.
+        UserError: mode `local` with more than one device, `remote` with several hosts of several,
+            or hosts of different sizes.
     """
     if devices == 1:
         full = tokens * min(top_k, slots)
@@ -139,25 +159,51 @@ def choose(
             f"host_devices={local} with expert={devices} devices: every host must have as many; "
             f"use a divisor of {devices}, None, or another mesh"
         )
+    if config.mode == "remote" and 1 < local < devices:
+        raise UserError(
+            f"exchange mode 'remote' with host_devices={local} and expert={devices} devices: rows "
+            "are written into the memory of GPUs of one host; use 'auto', or host_devices=None"
+        )
     hit = probability_of_device(num_experts, slots, top_k)
     share = top_k / devices  # assignments of a token on one device
+    reserve_sms = config.reserve_sms
+    flat = Budget(
+        "", devices, slots, tokens, top_k, 0, 0, "", config.wire, chunks, reserve_sms=reserve_sms
+    )
     if local == 1 or local >= devices:
-        flat = Budget("", devices, slots, tokens, top_k, 0, 0, "", config.wire, chunks)
-        flat = replace(flat, reserve_sms=config.reserve_sms)
         return _sized(flat, config, "device", tokens, hit, share)
     hosts, of_host = devices // local, slots * local
     host_hit = probability_of_device(num_experts, of_host, top_k)
     between, within = _groups(hosts, local)
-    outer = Budget("", hosts, of_host, tokens, top_k, 0, 0, "", config.wire, chunks, between)
+    outer = replace(flat, devices=hosts, slots=of_host, axis=between)
     outer = _sized(outer, config, "host", tokens, host_hit, share * local)
-    copies = top_k if outer.mode == "ring" else outer.copies
     # Rounding pays where links are slow; columns that were left out stay so.
     wire = replace(
         EXACT_WIRE, dispatch_dim=config.wire.dispatch_dim, combine_dim=config.wire.combine_dim
     )
-    inner = Budget("", local, slots, outer.received_rows, copies, 0, 0, "", wire, 1, within)
-    inner = replace(inner, reserve_sms=config.reserve_sms)
+    inner = replace(flat, devices=local, tokens=outer.received_rows, top_k=outer.carried)
+    inner = replace(inner, wire=wire, chunks=1, axis=within)
     return replace(outer, inside=_sized(inner, config, "device", hosts * tokens, hit, share))
+
+
+def choose_for(config: MoEConfig, *, tokens: int, devices: int, slots: int | None = None) -> Budget:
+    """`choose` for a layer.
+
+    Args:
+        config: of the layer.
+        tokens: T of a device.
+        devices: G along `expert`.
+        slots: S of a device; None: as many as the experts need without replicas.
+    """
+    experts = config.router.num_experts
+    return choose(
+        config.exchange,
+        tokens=tokens,
+        top_k=config.router.top_k,
+        num_experts=experts,
+        slots=num_slots(experts, devices) if slots is None else slots,
+        devices=devices,
+    )
 
 
 def _sized(
@@ -179,11 +225,12 @@ def _sized(
     if mode == "auto":
         mode = "all_to_all" if bucket < tokens else "ring"
         reason = f"{bucket} rows to each other {other} by buckets, {tokens} by a ring"
-    if mode == "ring":
+    budget = replace(budget, mode=mode, reason=reason, hit=hit)
+    if budget.rows_are_tokens:
         bucket, quota = tokens, _with_slack(sources * share, slack, tokens * copies)
     else:
         quota = _with_slack(bucket * (share / hit), max(1.0, slack), bucket * copies)
-    return replace(budget, mode=mode, reason=reason, rows=bucket, quota=quota)
+    return replace(budget, rows=bucket, quota=quota)
 
 
 def _groups(hosts: int, local: int) -> tuple[AxisGroups, AxisGroups]:

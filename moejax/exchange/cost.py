@@ -101,8 +101,7 @@ def predict(budget: Budget, work: Work, machine: Machine) -> Prediction:
     once = _projection_flops(budget, work) / machine.product_flops
     if budget.devices == 1:
         return Prediction(0.0, experts, 0.0, experts + once)
-    copies = budget.top_k if budget.mode == "ring" else budget.copies
-    out, home, *_ = row_bytes(work.d_model, work.dtype, copies, budget.wire)
+    out, home, *_ = row_bytes(work.d_model, work.dtype, budget.carried, budget.wire)
     dispatch, combine = (
         exchange_seconds(machine, budget.moved_rows * size) for size in (out, home)
     )

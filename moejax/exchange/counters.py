@@ -29,7 +29,8 @@ class ExchangeCounters:
         device spreads in its host, of tokens from everywhere.
     rows_network: rows needed on another host.
     rows_padding: rows that left the device though nobody needed them (empty places in buckets,
-        or tokens that a ring carries past devices without their experts).
+        or tokens that a ring carries past devices without their experts); 0 in mode `remote`, whose
+        kernel sends no others.
     waves: how often the experts run for one chunk: waves, or those inside all waves between hosts.
     assignments: (token, expert) pairs routed from here, after drops.
     dropped: assignments dropped by a capacity; 0 unless one is asked for.
@@ -62,11 +63,13 @@ def count(
     here, host, network, waves, moved = (
         _one_level(plans, budget, hosts) if budget.inside is None else _two_levels(plans, budget)
     )
+    needed = host + network
+    padding = len(plans) * moved - needed if budget.mode != "remote" else jnp.zeros_like(needed)
     return ExchangeCounters(
         rows_self=here,
         rows_host=host,
         rows_network=network,
-        rows_padding=len(plans) * moved - host - network,
+        rows_padding=padding,
         waves=waves,
         assignments=jnp.sum(
             jnp.stack([plan.device_TK for plan in plans]) < budget.devices, dtype=jnp.int32

@@ -20,7 +20,7 @@ from jax import numpy as jnp
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows
 from moejax.exchange.overlap import ExpertFn
-from moejax.exchange.plan import Inside, Plan
+from moejax.exchange.plan import Inside, Plan, rank_in_row
 from moejax.exchange.plan import make_plans as plans_of_one_level
 from moejax.exchange.waves import run_waves
 from sharding import collectives
@@ -89,9 +89,7 @@ def _arrivals(slots_TK: jax.Array, plan: Plan, budget: Budget) -> tuple[jax.Arra
     hosts, inner, most = budget.devices, budget.innermost, budget.most_waves
     valid_TK = slots_TK >= 0
     device_TK = jnp.where(valid_TK, slots_TK // inner.slots, hosts * inner.devices)
-    same_TKK = device_TK[:, :, None] == device_TK[:, None, :]
-    earlier_KK = jnp.tril(jnp.ones(same_TKK.shape[1:], bool), -1)
-    first_TK = valid_TK & ~jnp.any(same_TKK & earlier_KK, axis=-1)
+    first_TK = valid_TK & (rank_in_row(device_TK, valid_TK) == 0)
 
     def table(counted_TK: jax.Array) -> jax.Array:
         zeros_WG = jnp.zeros((most, hosts * inner.devices), jnp.int32)

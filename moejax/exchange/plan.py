@@ -26,7 +26,7 @@ from pallas_kernels.row_map import RowMap
 from sharding.collectives import pmax_statistics
 from sharding.mesh import TOKEN_AXES
 
-__all__ = ["Plan", "Wave", "make_plans", "select_wave"]
+__all__ = ["Plan", "Wave", "make_plans", "rank_in_row", "select_wave"]
 
 
 @jax.tree_util.register_dataclass
@@ -110,6 +110,14 @@ def make_plans(slots_TK: jax.Array, budget: Budget, axes=TOKEN_AXES) -> tuple[Pl
     )
 
 
+def rank_in_row(device_TK: jax.Array, valid_TK: jax.Array) -> jax.Array:
+    """How many of a token's assignments before this one go to the same device; 0 for none."""
+    top_k = device_TK.shape[1]
+    same_TKK = (device_TK[:, :, None] == device_TK[:, None, :]) & valid_TK[:, :, None]
+    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
+    return jnp.sum(same_TKK & earlier_KK, axis=-1, dtype=jnp.int32)
+
+
 def _plan_alone(slots_TK: jax.Array, budget: Budget) -> Plan:
     """A chunk's plan, with the number of waves that this device needs for it."""
     devices, slots = budget.devices, budget.slots
@@ -118,11 +126,8 @@ def _plan_alone(slots_TK: jax.Array, budget: Budget) -> Plan:
     slot_TK = slots_TK  # of the only device; otherwise:
     if devices > 1:
         slot_TK = jnp.where(valid_TK, slots_TK % slots, slots)
-    top_k = slots_TK.shape[1]
 
-    same_TKK = (device_TK[:, :, None] == device_TK[:, None, :]) & valid_TK[:, :, None]
-    earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    rank_TK = jnp.sum(same_TKK & earlier_KK, axis=-1, dtype=jnp.int32)
+    rank_TK = rank_in_row(device_TK, valid_TK)
     first_TK = valid_TK & (rank_TK == 0)
 
     assigned_TG = jnp.sum(jax.nn.one_hot(device_TK, devices, dtype=jnp.int32), axis=1)

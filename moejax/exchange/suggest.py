@@ -12,13 +12,13 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
-from moejax.config import MoEConfig
+from moejax.config import ExchangeMode, MoEConfig
 from moejax.errors import UserError
-from moejax.exchange.budget import Budget, choose
+from moejax.exchange.budget import Budget, choose_for
 from moejax.exchange.cost import Prediction, Work, predict
-from moejax.placement.arrays import num_slots
 from sharding.machine import Machine, machine_of, read_machine
 
 __all__ = ["main", "suggest"]
@@ -57,25 +57,15 @@ def suggest(
             f"{machine.device!r} was measured with 1 device: the links between {devices} are not "
             "known; measure again with several"
         )
-    experts, wire = config.router.num_experts, config.exchange.wire
     hidden = -(-config.experts.hidden // tensor)
-    work = Work(d_model, hidden, config.experts.num_in, dtype, wire)
-    ways: list[tuple[Budget, Prediction]] = []
-    for chunks in CHUNKS:
-        for mode in ("ring", "all_to_all"):
-            exchange = replace(
-                config.exchange, mode="auto" if devices == 1 else mode, chunks=chunks
-            )
-            budget = choose(
-                exchange,
-                tokens=tokens,
-                top_k=config.router.top_k,
-                num_experts=experts,
-                slots=num_slots(experts, devices),
-                devices=devices,
-            )
-            if budget not in (way for way, _ in ways):
-                ways.append((budget, predict(budget, work, machine)))
+    work = Work(d_model, hidden, config.experts.num_in, dtype, config.exchange.wire)
+    modes: tuple[ExchangeMode, ...] = ("ring", "all_to_all") if devices > 1 else ("local",)
+    budgets: dict[Budget, None] = {}  # each once, in order
+    for chunks, mode in product(CHUNKS, modes):
+        exchange = replace(config.exchange, mode=mode, chunks=chunks)
+        layer = replace(config, exchange=exchange)
+        budgets[choose_for(layer, tokens=tokens, devices=devices)] = None
+    ways = [(budget, predict(budget, work, machine)) for budget in budgets]
     return sorted(ways, key=lambda way: way[1].total)
 
 

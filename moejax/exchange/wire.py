@@ -18,7 +18,16 @@ from moejax.config import WireConfig, WireFormat
 from moejax.exchange.codec import decode, encode, encoded_bytes
 from sharding import collectives
 
-__all__ = ["exchange_rows", "gather_tokens", "pack", "return_rows", "row_bytes", "unpack"]
+__all__ = [
+    "exchange_rows",
+    "gather_assignments",
+    "gather_tokens",
+    "pack",
+    "return_rows",
+    "row_bytes",
+    "travel",
+    "unpack",
+]
 
 ALONE_BYTES = 2**22
 """From here on a part of the rows crosses by itself."""
@@ -69,12 +78,19 @@ def unpack(payload: jax.Array, layout: Sequence[tuple[int, jnp.dtype]]) -> list[
     return parts
 
 
-def _travel(
+def travel(
     parts: Sequence[jax.Array], crossing: Callable[[jax.Array], jax.Array]
 ) -> list[jax.Array]:
     """Sends parts [M, n_i] of rows across: large ones each by itself, the rest as one payload.
 
     Packing and unpacking cost two more passes over what is packed, a crossing of its own a launch.
+
+    Args:
+        parts: of any dtype.
+        crossing: [M, n] of uint8, or a dtype of two bytes or more → what arrives of it, [R, n].
+
+    Returns:
+        [R, n_i], in the parts' dtypes.
     """
     large = [part.nbytes >= ALONE_BYTES for part in parts]
     packed = [part for part, alone in zip(parts, large, strict=True) if not alone]
@@ -102,7 +118,7 @@ def _exchange(parts: Sequence[jax.Array], axis: str | collectives.AxisGroups) ->
         sent = rows.reshape(devices, -1, rows.shape[1])
         return collectives.all_to_all(sent, axis).reshape(rows.shape)
 
-    return _travel(parts, swapped)
+    return travel(parts, swapped)
 
 
 def _exchange_encoded(
@@ -201,7 +217,7 @@ def gather_tokens(
         wire: rounding of the tokens.
     """
     encoded = encode(x_TD, wire.dispatch, rotate=wire.rotate)
-    received = _travel(encoded, lambda part: collectives.all_gather(part, axis))
+    received = travel(encoded, lambda part: collectives.all_gather(part, axis))
     return decode(received, wire.dispatch, x_TD.shape[1], x_TD.dtype, rotate=wire.rotate)
 
 
@@ -219,3 +235,36 @@ def _gather_bwd(axis, wire, _, ct_RD):
 
 
 gather_tokens.defvjp(_gather_fwd, _gather_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gather_assignments(
+    slots_TK: jax.Array, scores_TK: jax.Array, axis: str | collectives.AxisGroups
+) -> tuple[jax.Array, jax.Array]:
+    """Slots and scores of all tokens of the axis, in one all-gather.
+
+    Args:
+        slots_TK: int32.
+        scores_TK: float32.
+        axis: mesh axis of size G, or groups of one.
+
+    Returns:
+        int32 and float32 [G·T, K]; the backward sums the scores' cotangents of all devices.
+    """
+    bits_TK = lax.bitcast_convert_type(scores_TK, jnp.int32)
+    both = collectives.all_gather(jnp.concatenate([slots_TK, bits_TK], axis=1), axis)
+    slots_RK, bits_RK = jnp.split(both, 2, axis=1)
+    return slots_RK, lax.bitcast_convert_type(bits_RK, jnp.float32)
+
+
+def _assignments_fwd(slots_TK, scores_TK, axis):
+    return gather_assignments(slots_TK, scores_TK, axis), None
+
+
+def _assignments_bwd(axis, _, cts):
+    scores_ct = cts[1]
+    sent = scores_ct.reshape(collectives.axis_size(axis), -1, scores_ct.shape[1])
+    return None, jnp.sum(collectives.all_to_all(sent, axis), axis=0)
+
+
+gather_assignments.defvjp(_assignments_fwd, _assignments_bwd)

@@ -13,11 +13,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import backends
-from pallas_kernels.fused_experts import grouped, mosaic_gpu, mosaic_tpu, reference, weighted_sum
+from pallas_kernels.fused_experts import (
+    gathered,
+    grouped,
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+    weighted_sum,
+)
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.hopper.config import check_reserve
 from pallas_kernels.hopper.tiles import ROWS, TileMap, tile_map
@@ -26,10 +34,14 @@ __all__ = [
     "BACKENDS",
     "ROW_ALIGNMENT",
     "Case",
+    "Sizing",
+    "backward",
     "check_assignments",
     "explain",
     "fused_experts",
+    "options_of",
     "refusal",
+    "rows_of",
     "sum_places",
 ]
 
@@ -58,7 +70,7 @@ class Case:
     d_out: int | None = None
 
 
-class _Sizing(NamedTuple):
+class Sizing(NamedTuple):
     """What sizes depend on: the most assignments there are, multiprocessors to leave free."""
 
     assignments: int
@@ -110,14 +122,19 @@ def sum_places(rows_AD, weights_RJ, place_RJ, dtype, backend):
     return jnp.sum(taken_RJD, axis=1).astype(dtype)
 
 
-def _rows_of(x_RD, copy_A, copies, within):
-    """(rows, what picks them within a product): gathered beforehand nothing does."""
+def rows_of(x_RD, copy_A, copies, within, tiles=None):
+    """(rows, what picks them within a product): gathered beforehand nothing does.
+
+    Gathered ones hold anything beyond the tiles, if those are given.
+    """
     if within:
         return x_RD, {"copy_A": copy_A, "copies": copies}
+    if tiles is not None and gathered.refusal(x_RD, copy_A) is None:
+        return gathered.gather_places(x_RD, copy_A, tiles.count, copies=copies), {}
     return x_RD.at[copy_A // copies].get(mode="fill", fill_value=0), {}
 
 
-def _options(layout, hidden, backend, sizing, *, few=False):
+def options_of(layout, hidden, backend, sizing, *, few=False):
     """What the Hopper kernels of rows and of weights are told, and whether these gather rows.
 
     A gather within a product of many rows costs about a tenth of it, and one beforehand the bytes
@@ -142,10 +159,10 @@ def _forward(arrays, layout, activation, backend, sizing, *, keep):
     place_RJ, copy_A, sizes_S, _ = layout
     kernels = _KERNELS[backend]
     few = not keep and sizing.assignments <= FEW_ROWS * sizes_S.shape[0]
-    options, _, within = _options(layout, w_out.shape[1], backend, sizing, few=few)
+    options, _, within = options_of(layout, w_out.shape[1], backend, sizing, few=few)
     if backend == "mosaic_gpu":
         options["few"] = few
-    rows, picked = _rows_of(x_RD, copy_A, place_RJ.shape[1], within)
+    rows, picked = rows_of(x_RD, copy_A, place_RJ.shape[1], within, options.get("tiles"))
     a_AH, h = kernels.up(rows, w_in, sizes_S, activation=activation, keep=keep, **picked, **options)
     y_AD = kernels.down(a_AH, w_out, sizes_S, **options)
     return sum_places(y_AD, scores_RJ, place_RJ, x_RD.dtype, backend), h
@@ -157,27 +174,35 @@ def _fused_fwd(arrays, layout, activation, backend, sizing):
 
 
 def _fused_bwd(activation, backend, sizing, residuals, ct_RD):
-    (x_RD, w_in, w_out, scores_RJ), layout, h = residuals
+    arrays, layout, h = residuals
+    x_ct_AD, *others = backward(arrays, layout, h, ct_RD, activation, backend, sizing)
+    x_ct_RD = sum_places(x_ct_AD, None, layout[0], arrays[0].dtype, backend)
+    return (x_ct_RD, *others), None
+
+
+def backward(arrays, layout, h, ct_RD, activation, backend, sizing):
+    """Cotangents of the copies of rows at their places, of both projections and of the scores."""
+    x_RD, w_in, w_out, scores_RJ = arrays
     place_RJ, copy_A, sizes_S, _ = layout
     kernels, copies = _KERNELS[backend], place_RJ.shape[1]
-    options, others, within = _options(layout, w_out.shape[1], backend, sizing)
+    options, others, within = options_of(layout, w_out.shape[1], backend, sizing)
     scores_A = scores_RJ.reshape(-1).at[copy_A].get(mode="fill", fill_value=0)
-    ct_rows, picked = _rows_of(ct_RD, copy_A, copies, within)
+    ct_rows, picked = rows_of(ct_RD, copy_A, copies, within, options.get("tiles"))
     h_ct, weighted_AH, partial_sums = kernels.down_backward(
         ct_rows, w_out, h, scores_A, sizes_S, activation=activation, **picked, **options
     )
     x_ct_AD = kernels.rows_gradient(h_ct, w_in, sizes_S, **options)
-    rows, _ = _rows_of(x_RD, copy_A, copies, within)
+    rows, _ = rows_of(x_RD, copy_A, copies, within, options.get("tiles"))
     w_in_ct = kernels.w_in_gradient(rows, h_ct, sizes_S, **picked, **others)
     w_out_ct = kernels.w_out_gradient(weighted_AH, ct_rows, sizes_S, **picked, **others)
     scores_ct_A = jnp.sum(partial_sums, axis=0)
-    cotangents = (
-        sum_places(x_ct_AD, None, place_RJ, x_RD.dtype, backend),
-        w_in_ct.reshape(w_in.shape),
-        w_out_ct,
-        scores_ct_A.at[place_RJ].get(mode="fill", fill_value=0),
-    )
-    return cotangents, None
+    if backend == "mosaic_gpu":
+        # Where the scores' cotangents travel, it is by a collective of XLA's. Beside the products
+        # it would take multiprocessors and hold up the tiles of those: it waits for all of them.
+        held = lax.optimization_barrier((w_in_ct, w_out_ct, scores_ct_A))
+        w_in_ct, w_out_ct, scores_ct_A = held
+    scores_ct_RJ = scores_ct_A.at[place_RJ].get(mode="fill", fill_value=0)
+    return x_ct_AD, w_in_ct.reshape(w_in.shape), w_out_ct, scores_ct_RJ
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
@@ -276,7 +301,7 @@ def fused_experts(
     if chosen in _KERNELS:
         differentiable = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ)
         layout = (place_RJ, copy_A, sizes_S, tiles)
-        return _fused(differentiable, layout, activation, chosen, _Sizing(most, reserve_sms))
+        return _fused(differentiable, layout, activation, chosen, Sizing(most, reserve_sms))
     arrays = (x_RD, w_in_SDNH, w_out_SHD, scores_RJ, place_RJ)
     options: dict[str, Any] = {"activation": activation, "b_in_SNH": b_in_SNH, "b_out_SD": b_out_SD}
     if chosen == "reference":

@@ -13,6 +13,7 @@ import jax
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.exchange.arrivals import Arriving
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.fused_experts.down_backward import down_backward
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -54,7 +55,8 @@ def up(
     assignments: int | None = None,
     reserve_sms: int = 0,
     config: RowsConfig | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    arriving: Arriving | None = None,
+) -> tuple[jax.Array, ...]:
     """act(x[copy // copies] @ w_in of the group).
 
     Args:
@@ -71,10 +73,13 @@ def up(
         assignments: the most places that hold a row, for which `keep` leaves room; None: all.
         reserve_sms: multiprocessors to leave free.
         config: sizes; None chooses.
+        arriving: the rows are tokens of this device, [T, D]; those multiplied come from all
+            devices, and `copy_A` counts copies of them.
 
     Returns:
         [A, H], and the projections or None: [B, N·H], those of the wanted rows alone, as
-        `kept_rows` places them. Rows past the last group are not written.
+        `kept_rows` places them. Rows past the last group are not written. With `arriving` also
+        the rows that arrived, [G·T, D].
     """
     act = ACTIVATIONS[activation]
     slots, d_model, parts, hidden = w_in_SDNH.shape
@@ -122,6 +127,10 @@ def up(
         most = most_kept_rows(assignments, slots) if told and assignments else places
         out_type.insert(0, jax.ShapeDtypeStruct((min(places, most), parts * hidden), x_RD.dtype))
         kept = [tiles.rows, kept_rows(tiles)]
+    extra = []
+    if arriving is not None:
+        extra = [arriving.entries_M, arriving.firsts_Q]
+        out_type.insert(0, jax.ShapeDtypeStruct((arriving.how.rows, d_model), x_RD.dtype))
     kernel = rows_kernel(
         Epilogue(finish, {"out_smem": out_scratch(x_RD.dtype)}),
         name="experts_up",
@@ -136,9 +145,11 @@ def up(
         config=config,
         out_type=out_type,
         dtype=x_RD.dtype,
+        arrivals=None if arriving is None else arriving.how,
     )
-    *h, a_AH = kernel(tiles, copy_A, x_RD, w_in_SDNH, *kept)
-    return a_AH, h[0] if keep else None
+    *others, a_AH = kernel(tiles, copy_A, x_RD, w_in_SDNH, *extra, *kept)
+    arrived = () if arriving is None else (others.pop(0),)
+    return a_AH, others[0] if keep else None, *arrived
 
 
 def down(

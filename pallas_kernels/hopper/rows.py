@@ -18,12 +18,14 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.exchange.arrivals import Arrivals
 from pallas_kernels.hopper.compat import transposed
 from pallas_kernels.hopper.config import RowsConfig
 from pallas_kernels.hopper.gather import optional_index, start_gather
 from pallas_kernels.hopper.ragged import RaggedTileMap
 from pallas_kernels.hopper.ring import CLUSTER, Ring, ring_barriers, ring_kernel
 from pallas_kernels.hopper.tiles import (
+    COMPUTE,
     EIGHT,
     HALF,
     ROWS,
@@ -68,6 +70,7 @@ def rows_kernel(
     short: bool = False,
     ragged: bool = False,
     copies: int = 1,
+    arrivals: Arrivals | None = None,
 ) -> Callable[..., Any]:
     """Builds a kernel `f(tile_map, index, lhs, rhs, *extra) -> out`.
 
@@ -87,12 +90,17 @@ def rows_kernel(
         short: most tiles want few rows: others are not loaded and not stored.
         ragged: the kernel takes a `RaggedTileMap`.
         copies: what the index counts for each row.
+        arrivals: lhs are this device's rows and `extra` begins with the list of where they go and
+            the firsts of its groups; what is multiplied are the rows that arrive, the first output.
     """
+    if arrivals is not None and (not gather or config.cluster > 1):
+        raise ValueError("rows that arrive are picked by index, by blocks that wait for themselves")
     if ragged and (gather or short):
         raise ValueError("rows of groups of any size lie in order, and all of them are wanted")
     if config.cluster > 1 and (ragged or short):
         raise ValueError("clusters share what tiles of many rows, in whole tiles, multiply with")
     part_n, tile_k, stages = config.tile_n // parts, config.tile_k, config.stages
+    outputs = len(jax.tree.leaves(out_type))
     cluster = config.cluster
     rhs_shape = (part_n, tile_k) if transpose_rhs else (tile_k, part_n)
 
@@ -102,9 +110,21 @@ def rows_kernel(
         ring = Ring(config, gather, scratch["full"], scratch["empty"])
         sm = lax.axis_index("sm")
         warpgroup = lax.axis_index("warpgroup")
+        if arrivals is not None:
+            entries, firsts, *extra, received = refs[:-outputs] + refs[-outputs:][:1]
+            refs = [*extra, *refs[-outputs:][1:]]
+            arrived, own, lhs = arrivals.semaphores(), lhs, received
+
+            @pl.when(sm < arrivals.blocks)
+            def send():
+                worker = sm * (COMPUTE + 1) + warpgroup
+                arrivals.send(own, entries, firsts, received, arrived, worker)
+
         tiles_m = num_tiles[0]
         units = lax.div(tiles_m + (cluster - 1), cluster)  # of the rows of a cluster's tiles
         mine = lax.div(units * n_tiles - sm + (config.clusters - 1), config.clusters)
+        if arrivals is not None:
+            mine = arrivals.share(sm, units * n_tiles, config.clusters)
 
         def first_row(m):
             return tile_rows[m, 0] * EIGHT if ragged else m * ROWS
@@ -126,7 +146,10 @@ def rows_kernel(
         def place(i):
             """Row and column of this block's i-th tile; the last may be both blocks'."""
             height = max(1, config.band // cluster)
-            unit, n = place_in_bands(sm + i * config.clusters, units, n_tiles, height)
+            at = sm + i * config.clusters
+            if arrivals is not None:
+                at = arrivals.tile(sm, i, config.clusters)
+            unit, n = place_in_bands(at, units, n_tiles, height)
             if cluster == 1:
                 return unit, n
             return jnp.minimum(unit * cluster + lax.axis_index(CLUSTER), tiles_m - 1), n
@@ -159,6 +182,8 @@ def rows_kernel(
                 group = tile_group[m]
                 steps = steps_of(group)
                 together = same_group(m) if cluster > 1 else None
+                if arrivals is not None:
+                    done = arrivals.wait(arrived, done, group)
 
                 def step(k, _):
                     slot, full = ring.begin_loading((done if ragged else i * k_steps) + k)
@@ -169,9 +194,12 @@ def rows_kernel(
                     load_rows(m, wanted, k, lhs_smem.at[slot], full)
 
                 lax.fori_loop(0, steps, step, None)
-                return done + steps if ragged else None
+                return done + steps if ragged else done
 
-            done = lax.fori_loop(0, mine, tile, jnp.int32(0) if ragged else None)
+            carried = ragged or arrivals is not None
+            done = lax.fori_loop(0, mine, tile, jnp.int32(0) if carried else None)
+            if arrivals is not None:  # nobody writes here any more when the kernel ends
+                pl.when(sm == 0)(partial(arrivals.wait_until, arrived, done, arrivals.groups))
             return done if ragged else mine * k_steps
 
         @ring.multiply
