@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import figures_exchange
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures:([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -309,11 +312,20 @@ def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
     return table(["kernel", "bound by", *shapes], body)
 
 
+def of_exchange(name: str, make: Callable[[dict[str, Any]], figures_exchange.Table]) -> str:
+    """A table made from benchmarks/results/NAME.json."""
+    result = load(name)
+    return missing(name) if result is None else table(*make(result)) + "\n" + source(result, name)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "cpu_default": lambda: measured("cpu_default"),
     "reference_model": lambda: measured("reference_model"),
     "wire_quality": lambda: wire_quality(columns=False),
     "ep_schedule": ep_schedule,
+    "ep_layer": lambda: of_exchange("ep_layer_h200x4", figures_exchange.layer),
+    "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
+    "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,
     "exchange": exchange,

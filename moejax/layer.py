@@ -31,6 +31,7 @@ from moejax.placement.arrays import Placement, home_slots, place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
+from pallas_kernels.exchange import push
 from pallas_kernels.route import api as route
 from pallas_kernels.route.router_product import explain_router_product
 from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
@@ -252,11 +253,13 @@ class MoELayer(nnx.Module):
         rows = -(-budget.assignments // budget.copies)  # that arrive
         places = places_for(budget.slots, budget.assignments)
         widths = self.config.exchange.wire.widths(d_model)
+        sent = [push.explain()] if budget.mode == "remote" else []
         return [
             explain_router_product(tokens, d_model, experts, dtype),
             route.explain_top_k(tokens, experts, copies),
             route.explain_sorted_tiles(rows, budget.copies, budget.slots, places),
             self.bank.explain(self.config.experts, widths, dtype=dtype, tensor=tensor),
+            *sent,
         ]
 
     def budget(self, tokens: int, placement: Placement | None = None) -> exchange.Budget:

@@ -20,16 +20,18 @@ from pallas_kernels.hopper.compat import hopper_refusal
 __all__ = ["BACKENDS", "explain", "push_rows", "refusal", "sum_devices"]
 
 BACKENDS = ("mosaic_gpu", "reference")
-_PUSHES = {"mosaic_gpu": mosaic_gpu.push_rows, "reference": reference.push_rows}
 FIRST_JAX = (0, 11, 1)  # whose barrier of all GPUs precedes a kernel that writes to others
 
 
-def refusal(backend: str, row_bytes: int, *, forced: bool = False) -> str | None:
-    """Why a backend cannot serve rows of so many bytes; None if it can."""
+def refusal(backend: str, forced: bool = False) -> str | None:
+    """Why a backend cannot serve; None if it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        forced: do not look at the devices.
+    """
     if backend != "mosaic_gpu":
         return None
-    if row_bytes % mosaic_gpu.VECTOR:
-        return f"rows of {row_bytes} bytes are no multiple of {mosaic_gpu.VECTOR}"
     if jax.__version_info__ < FIRST_JAX:
         return f"jax {jax.__version__} is older than {'.'.join(map(str, FIRST_JAX))}"
     if jax.process_count() > 1:
@@ -37,13 +39,9 @@ def refusal(backend: str, row_bytes: int, *, forced: bool = False) -> str | None
     return hopper_refusal(jnp.bfloat16, forced=forced)
 
 
-def explain(row_bytes: int) -> str:
-    """One line: the backend that serves rows of so many bytes, and why those before it do not."""
-
-    def why_not(name: str, forced: bool) -> str | None:
-        return refusal(name, row_bytes, forced=forced)
-
-    return backends.explain("push_rows", BACKENDS, why_not)
+def explain() -> str:
+    """One line: the backend that serves, and why those before it do not."""
+    return backends.explain("push_rows", BACKENDS, refusal)
 
 
 def push_rows(
@@ -86,13 +84,14 @@ def push_rows(
         raise ValueError(
             f"entries {list(entries_M.shape)} of {entries_M.dtype}: must be [M] of int32"
         )
-    row_bytes = x_NW.shape[1] * x_NW.dtype.itemsize
-
-    def why_not(name: str, forced: bool) -> str | None:
-        return refusal(name, row_bytes, forced=forced)
-
-    chosen = backends.choose("push_rows", BACKENDS, backend, why_not)
-    return _PUSHES[chosen](x_NW, entries_M, axis, tokens)
+    chosen = backends.choose("push_rows", BACKENDS, backend, refusal)
+    if chosen == "reference":
+        return reference.push_rows(x_NW, entries_M, axis, tokens)
+    width, size = x_NW.shape[1], x_NW.dtype.itemsize
+    missing = -(width * size) % mosaic_gpu.VECTOR // size
+    if missing:
+        x_NW = jnp.pad(x_NW, ((0, 0), (0, missing)))
+    return mosaic_gpu.push_rows(x_NW, entries_M, axis, tokens)[:, :width]
 
 
 def sum_devices(back_RD: Any, goes_GT: Bool[Array, "G T"]) -> Float32[Array, "T D"]:

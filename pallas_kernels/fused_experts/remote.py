@@ -69,11 +69,7 @@ def refusal(case: api.Case, *, forced: bool = False) -> str | None:
         case: what is asked.
         forced: do not look at the devices.
     """
-    for width in (case.d_model, case.d_out or case.d_model):
-        reason = push.refusal("mosaic_gpu", 2 * width, forced=forced)
-        if reason is not None:
-            return reason
-    return api.refusal("mosaic_gpu", case, forced=forced)
+    return push.refusal("mosaic_gpu", forced) or api.refusal("mosaic_gpu", case, forced=forced)
 
 
 def remote_experts(
