@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 MACHINES = Path(__file__).parent / "machines"
+HOPPER = ("H100", "H200", "H800", "H20")
+"""In the names of devices of capability 9.0."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Machine:
                 good = good and (value == 0 if alone else value > 0)
             if not good:
                 raise ValueError(f"{field.name} is {value!r}")
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the devices are NVIDIA GPUs of capability 9.0, by their name."""
+        return any(name in self.device for name in HOPPER)
 
 
 def exchange_seconds(machine: Machine, sent: float) -> float:

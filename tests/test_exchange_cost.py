@@ -86,6 +86,18 @@ def test_suggestions_follow_the_links():
     assert best(MACHINE, devices=1)[0].mode == "local"
 
 
+def test_kernels_that_send_rows_are_suggested_where_there_are_some():
+    hopper = replace(MACHINE, device="NVIDIA H200")
+    budget, time = best(hopper)
+    assert (budget.mode, budget.chunks) == ("remote", 1)
+    assert time.total == pytest.approx(max(time.dispatch, time.experts) + time.combine)
+    sent = 3 * round(8192 * budget.hit) * 2048 * 2
+    assert time.combine == pytest.approx(30e-6 + sent / 300e9)
+    rounded = replace(QWEN3, exchange=ExchangeConfig(wire=WireConfig(combine="int8")))
+    for machine, config in ((MACHINE, QWEN3), (hopper, rounded)):
+        assert all(b.mode != "remote" for b, _ in ways_of(machine, config))
+
+
 def test_prediction_counts_bytes_and_flops():
     def of_two_chunks(config):
         ways = ways_of(MACHINE, config)

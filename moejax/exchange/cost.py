@@ -80,7 +80,9 @@ def predict(budget: Budget, work: Work, machine: Machine) -> Prediction:
     """The forward of a layer whose routing is even and needs one wave.
 
     An expert's rows fill tiles of 128, the last one half on average, and its weights are read from
-    memory once for each chunk. Programs are compiled with `sharding.schedule.compile_overlapped`.
+    memory once for each chunk. In mode `remote` experts are those whose kernels send the rows.
+    Elsewhere chunks overlap, in programs compiled with `sharding.schedule.compile_overlapped`; on
+    Hopper GPUs, where NCCL's kernels and the experts' hold each other up, not (docs/exchange.md).
 
     Args:
         budget: static sizes.
@@ -105,5 +107,10 @@ def predict(budget: Budget, work: Work, machine: Machine) -> Prediction:
     dispatch, combine = (
         exchange_seconds(machine, budget.moved_rows * size) for size in (out, home)
     )
-    total = pipeline_seconds(budget.chunks, dispatch, experts, combine)
+    if budget.mode == "remote":  # the first product hides the dispatch
+        total = budget.chunks * (max(dispatch, experts) + combine)
+    elif machine.hopper:
+        total = budget.chunks * (dispatch + experts + combine)
+    else:
+        total = pipeline_seconds(budget.chunks, dispatch, experts, combine)
     return Prediction(dispatch, experts, combine, total + once)

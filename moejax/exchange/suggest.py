@@ -3,7 +3,8 @@
 Predicts the forward of one layer in every mode and number of chunks (`moejax.exchange.cost`) with
 the figures of a machine (`python -m sharding.measure`), and prints them, the fastest first. That
 chunks travel while others are computed is predicted for programs that are compiled with
-`sharding.schedule.compile_overlapped`; `train.py` does not compile its own so yet.
+`sharding.schedule.compile_overlapped`; `train.py` does not compile its own so yet. For Hopper GPUs
+it is not predicted, and mode `remote` is among the ways.
 """
 
 from __future__ import annotations
@@ -61,12 +62,23 @@ def suggest(
     work = Work(d_model, hidden, config.experts.num_in, dtype, config.exchange.wire)
     modes: tuple[ExchangeMode, ...] = ("ring", "all_to_all") if devices > 1 else ("local",)
     budgets: dict[Budget, None] = {}  # each once, in order
-    for chunks, mode in product(CHUNKS, modes):
+    ways_to_go = list(product(CHUNKS, modes))
+    if devices > 1 and _kernels_send_rows(config, machine, dtype):
+        ways_to_go.append((1, "remote"))
+    for chunks, mode in ways_to_go:
         exchange = replace(config.exchange, mode=mode, chunks=chunks)
         layer = replace(config, exchange=exchange)
         budgets[choose_for(layer, tokens=tokens, devices=devices)] = None
     ways = [(budget, predict(budget, work, machine)) for budget in budgets]
     return sorted(ways, key=lambda way: way[1].total)
+
+
+def _kernels_send_rows(config: MoEConfig, machine: Machine, dtype: str) -> bool:
+    """Whether mode `remote` runs as it is predicted."""
+    exchange = config.exchange
+    exact = all(form == "compute" for form in exchange.wire.formats)
+    one_host = exchange.host_devices is None
+    return machine.hopper and dtype == "bfloat16" and exact and one_host and not config.experts.bias
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,8 +126,10 @@ def _lines(arguments) -> list[str]:
         lines.append(f"{budget.mode:<12}{budget.chunks:>6}{1e3 * time.total:>9.3f}   {chunk}")
     best = ways[0][0]
     flags = f"--model.moe.exchange.mode {best.mode} --model.moe.exchange.chunks {best.chunks}"
-    compiled = "compiled with sharding.schedule.compile_overlapped (train.py does not yet)"
-    return [*lines, f"fastest, as predicted for programs {compiled}: {flags}"]
+    compiled = (
+        " for programs compiled with sharding.schedule.compile_overlapped (train.py does not yet)"
+    )
+    return [*lines, f"fastest, as predicted{'' if machine.hopper else compiled}: {flags}"]
 
 
 def _machine(path: Path | None) -> Machine:
