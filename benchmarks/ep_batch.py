@@ -16,7 +16,7 @@ import jax
 from ep_alone import PARTS, hidden_fraction, left_out
 from ep_check import SmallCase, difference, limit_of
 from ep_options import compile_with, scheduled
-from ep_programs import Arrays, Lowered, build_report, lower, make_layer
+from ep_programs import Arrays, Lowered, build_report, lower, make_layer, pushed_bytes
 from ep_shapes import PEER, ROUTINGS, Variant, find_shape, make_inputs, predicted_ms, variants
 from ep_timing import Rounds, one_line
 from jax.sharding import Mesh
@@ -170,9 +170,8 @@ class Batch:
     def _add_prediction(self, variant: Variant, routing: str, program: Lowered) -> None:
         info = self.info[variant, routing]
         info["bytes_sent"] = round(program.sent + program.further * (info["waves"] - 1))
-        if info["mode_used"] == "remote" and jax.default_backend() == "gpu":  # by kernels
-            ways = 4 if variant.backward else 2
-            info["bytes_sent"] += round(ways * info["rows"] * 2 * self.shape.d_model)
+        if info["mode_used"] == "remote":
+            info["bytes_sent"] += round(info["rows"] * pushed_bytes(self.shape, variant))
         flops = self.shape.flops(variant.backward)
         info["predicted_ms"] = predicted_ms(
             flops, info["bytes_sent"], variant.chunks, info["load"], *self.rates

@@ -26,7 +26,9 @@ from layer_moejax import PATHS, layer_config
 from layer_shapes import Shape
 
 from moejax.config import ExchangeConfig, MoEConfig, WireConfig
+from moejax.exchange.wire import row_bytes
 from moejax.layer import MoELayer
+from pallas_kernels.exchange import push
 from sharding import collectives
 from sharding.mesh import EXPERT, TOKEN_AXES
 from sharding.specs import specs_of
@@ -51,6 +53,14 @@ def moe_config(shape: Shape, variant: Variant) -> MoEConfig:
         reserve_sms=variant.reserve_sms,
     )
     return replace(config, router=replace(config.router, bias=True), exchange=exchange)
+
+
+def pushed_bytes(shape: Shape, variant: Variant) -> int:
+    """Of a row, all ways, where kernels send it, which a traced program does not count."""
+    if push.refusal("mosaic_gpu") is not None:
+        return 0
+    sizes = row_bytes(shape.d_model, "bfloat16", 0, moe_config(shape, variant).exchange.wire)
+    return sum(sizes[: 4 if variant.backward else 2])
 
 
 def make_layer(shape: Shape, variant: Variant, devices: int) -> MoELayer:

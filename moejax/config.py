@@ -203,7 +203,7 @@ class ExchangeConfig:
     Attributes:
         mode: `local` (one device along `expert`), `all_to_all`, `ring` (all-gather in,
             reduce-scatter back), `remote` (rows are written straight into the other GPUs' memory by
-            a kernel of ours, one process for all GPUs of a host; elsewhere the same rows by XLA's
+            a kernel of ours, one process in all; elsewhere the same rows by XLA's
             all-to-all), or `auto`, which picks one of the first three by counted bytes.
         bucket_rows: rows C of one (source, device) bucket; None derives it from `bucket_slack`.
         bucket_slack: buckets hold this multiple of the expected number of rows, at most T; what

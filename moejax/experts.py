@@ -131,10 +131,23 @@ class ExpertBank(nnx.Module):
             dtype: of the rows.
             tensor: devices that the hidden width is split over.
         """
+        return fused.explain(self._case(config, widths, dtype, tensor))
+
+    def explain_sending(
+        self, budget: Budget, config: ExpertsConfig, widths: tuple[int, int], dtype, tensor: int
+    ) -> str:
+        """One line on mode `remote`: whether the experts' kernels send rows, or why not.
+
+        Args:
+            budget: static sizes.
+            config, widths, dtype, tensor: as for `explain`.
+        """
+        reason = _why_apart(budget, self._case(config, widths, dtype, tensor))
+        return f"remote_experts: {'mosaic_gpu' if reason is None else f'not used: {reason}'}"
+
+    def _case(self, config: ExpertsConfig, widths: tuple[int, int], dtype, tensor: int):
         (d_model, d_out), hidden = widths, self.w_out.shape[1] // tensor
-        return fused.explain(
-            fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
-        )
+        return fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
 
     def run(
         self, rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
@@ -183,13 +196,19 @@ def with_kernels(budget: Budget, weights: ExpertWeights, config: ExpertsConfig, 
         config: what an expert computes.
         dtype: of the rows.
     """
-    exact = all(form == "compute" for form in budget.wire.formats)
-    if budget.mode != "remote" or not exact:
+    if budget.mode != "remote":
         return budget
     _, d_model, _, hidden = weights.w_in_SDNH.shape
     d_out = weights.w_out_SHD.shape[2]
     case = fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
-    return replace(budget, fused=remote.refusal(case) is None)
+    return replace(budget, fused=_why_apart(budget, case) is None)
+
+
+def _why_apart(budget: Budget, case: fused.Case) -> str | None:
+    """Why the experts' kernels cannot send the rows of mode `remote`; None if they can."""
+    if any(form != "compute" for form in budget.wire.formats):
+        return "rows are rounded on the wire"
+    return remote.refusal(case)
 
 
 def run_experts(

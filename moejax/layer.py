@@ -253,12 +253,15 @@ class MoELayer(nnx.Module):
         rows = -(-budget.assignments // budget.copies)  # that arrive
         places = places_for(budget.slots, budget.assignments)
         widths = self.config.exchange.wire.widths(d_model)
-        sent = [push.explain()] if budget.mode == "remote" else []
+        experts_config, sent = self.config.experts, []
+        if budget.mode == "remote":
+            how = self.bank.explain_sending(budget, experts_config, widths, dtype, tensor)
+            sent = [push.explain(), how]
         return [
             explain_router_product(tokens, d_model, experts, dtype),
             route.explain_top_k(tokens, experts, copies),
             route.explain_sorted_tiles(rows, budget.copies, budget.slots, places),
-            self.bank.explain(self.config.experts, widths, dtype=dtype, tensor=tensor),
+            self.bank.explain(experts_config, widths, dtype=dtype, tensor=tensor),
             *sent,
         ]
 

@@ -145,6 +145,11 @@ class QuantizedExpertBank(nnx.Module):
             )
         )
 
+    def explain_sending(self, *case: Any) -> str:
+        """As `ExpertBank.explain_sending`."""
+        del case
+        return "remote_experts: not used: the experts have 8 bits"
+
     def run(
         self, rows: Rows, weights: QuantizedExpertWeights, *, budget: Budget, config: ExpertsConfig
     ) -> jax.Array:

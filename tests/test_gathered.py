@@ -12,7 +12,7 @@ from pallas_kernels.hopper.compat import interpreted
 from pallas_kernels.hopper.tiles import ROWS
 
 
-@pytest.mark.parametrize(("rows", "copies", "width", "filled"), [(40, 2, 64, 2), (7, 3, 24, 0)])
+@pytest.mark.parametrize(("rows", "copies", "width", "filled"), [(40, 2, 64, 2), (7, 3, 24, 1)])
 def test_gathers_the_filled_tiles(rng, rows, copies, width, filled):
     x = jnp.asarray(rng.normal(size=(rows, width)), jnp.bfloat16)
     copy = rng.integers(0, rows * copies, 3 * ROWS).astype(np.int32)

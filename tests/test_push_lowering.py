@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from test_pushed_rows import as_on_hopper
+from tuning_support import table_of
 
 from moejax.config import ExchangeConfig, ExpertsConfig, MoEConfig, RouterConfig, WireConfig
 from moejax.exchange import choose
@@ -20,6 +22,8 @@ from moejax.layer import MoELayer
 from pallas_kernels.exchange import push, sums
 from pallas_kernels.fused_experts import remote
 from pallas_kernels.route.api import sorted_tiles
+from pallas_kernels.tuning import use_table
+from pallas_kernels.tuning.lookup import recorded
 from sharding.mesh import EXPERT, TOKEN_AXES, MeshShape, abstract_mesh
 from sharding.specs import specs_of
 
@@ -81,7 +85,7 @@ def test_push_sums(width, copies, weights):
     assert found == (["push_sums"], {"push_sums"})
 
 
-def experts(gradient, tokens=T, hidden=H):
+def experts(gradient, tokens=T, hidden=H, reserve_sms=0):
     """`kernels` of `remote_experts`, and of its gradient."""
     sizes = {"tokens": tokens, "top_k": K, "num_experts": G * S, "slots": S, "devices": G}
     budget = choose(ExchangeConfig("remote", bucket_slack=math.inf), **sizes)
@@ -99,6 +103,7 @@ def experts(gradient, tokens=T, hidden=H):
             activation="swiglu",
             tiles=tiles,
             assignments=assignments,
+            reserve_sms=reserve_sms,
         )
         arrays = (x_TD, w_in, w_out, scores_RJ)
         if not gradient:
@@ -135,6 +140,22 @@ def test_experts_whose_rows_are_sent_before(sizes):
     names, writing = experts(gradient=False, **sizes)
     assert writing == {"push_rows", "push_sums"}
     assert (names[0], names[-1]) == ("push_rows", "push_sums") and "experts_up" in names
+
+
+def test_a_table_that_pairs_blocks():
+    """Rows arrive for single blocks: what a table says of pairs is left out."""
+    with recorded() as asked:
+        experts(gradient=False)
+    paired = {p: replace(cut, cluster=2) for p, cut in asked.items() if p.kernel == "experts_up"}
+    assert len(paired) == 1
+    with use_table(table_of(paired)):
+        assert experts(gradient=False)[1] == {"experts_up", "push_sums"}
+
+
+@pytest.mark.parametrize("left", [31, 4])
+def test_few_multiprocessors_left(left):
+    """Rows are sent before: no blocks are left that multiply meanwhile."""
+    assert experts(gradient=False, reserve_sms=132 - left)[1] == {"push_rows", "push_sums"}
 
 
 @pytest.mark.parametrize("hidden", [H, 4096])

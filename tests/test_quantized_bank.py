@@ -1,6 +1,7 @@
 """Layers whose experts have 8-bit weights, over meshes of fake devices."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax import numpy as jnp
 from kernel_support import OLD, ON_GPU
 from oracle import relative_error
 
-from moejax.config import ExpertsConfig, MoEConfig, RouterConfig
+from moejax.config import ExchangeConfig, ExpertsConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
 from moejax.placement.arrays import from_slots
 from moejax.standalone import ShardedMoELayer
@@ -63,6 +64,21 @@ def test_layer_equals_its_dequantized_weights(rng, dtype, mesh):
     assert relative_error(got, want) < 1e-6
     # A block's step is its largest magnitude / 127, or an e4m3 value's 1/16 at most.
     assert 1e-4 < relative_error(got, plain) < (0.02 if dtype == "int8" else 0.06)
+
+
+@several_devices
+@pytest.mark.parametrize("rows", ["compute", "float8"])
+def test_gaps_between_rows_are_not_read(rng, rows):
+    """What nobody sent is nan there: outputs are those of a ring."""
+    x = jnp.asarray(rng.normal(size=(32, 128)), jnp.float32)
+    found = []
+    for mode in ("ring", "remote"):
+        config = replace(CONFIG, exchange=ExchangeConfig(mode))
+        moe = build(make_mesh(MeshShape(expert=3)), config)
+        moe.layer.quantize_experts("float8_e4m3fn", rows=rows)
+        found.append(output(moe, x[:30]))
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[1]).all()
 
 
 def test_float8_rows(rng):

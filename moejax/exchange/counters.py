@@ -30,7 +30,7 @@ class ExchangeCounters:
     rows_network: rows needed on another host.
     rows_padding: rows that left the device though nobody needed them (empty places in buckets,
         or tokens that a ring carries past devices without their experts); 0 in mode `remote`, whose
-        kernel sends no others.
+        kernel sends no others (XLA's all-to-all in its place does, and a dry run counts them).
     waves: how often the experts run for one chunk: waves, or those inside all waves between hosts.
     assignments: (token, expert) pairs routed from here, after drops.
     dropped: assignments dropped by a capacity; 0 unless one is asked for.

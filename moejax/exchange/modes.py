@@ -85,7 +85,8 @@ def combine(y_RD: Float[Array, "R D"], rows: Rows, budget: Budget) -> Float32[Ar
     """Brings the experts' outputs home.
 
     Args:
-        y_RD: one summed output for each row received, in the dtype of the wire.
+        y_RD: one summed output for each row received, in the dtype of the wire; with `PushedRows`
+            they are home already, float32 [T, D].
         rows: what `dispatch` returned.
         budget: static sizes and the mode.
 

@@ -30,7 +30,8 @@ from moejax.exchange.plan import Plan
 __all__ = ["ExpertFn", "run_chunks"]
 
 ExpertFn = Callable[[Rows, Any], jax.Array]
-"""(rows received, weights of this device's slots) → one summed output per row [R, D]."""
+"""(rows received, weights of this device's slots) → one summed output per row [R, D];
+of `PushedRows`, which the experts send themselves, the sums at home [T, D]."""
 
 
 def run_chunks(

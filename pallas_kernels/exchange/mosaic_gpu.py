@@ -20,16 +20,16 @@ MOST_BLOCKS = 64
 
 
 def push_rows(
-    x_NW: jax.Array, entries_M: jax.Array, axis: str, tokens: int, *, blocks: int = MOST_BLOCKS
+    x_NW: jax.Array, entries_M: jax.Array, axis: str, tokens: int, *, reserve_sms: int = 0
 ) -> jax.Array:
     """As `push.push_rows`, for rows of a multiple of 16 bytes.
 
     Args:
         x_NW, entries_M, axis, tokens: as there.
-        blocks: of the kernel; at most as many as there are multiprocessors.
+        reserve_sms: multiprocessors to leave free.
     """
     devices, width = lax.axis_size(axis), x_NW.shape[1]
-    blocks = min(blocks, sm_count())
+    blocks = max(1, min(MOST_BLOCKS, sm_count() - reserve_sms))
     row_bytes = width * x_NW.dtype.itemsize
     pusher = Pusher(axis, devices, tokens, row_bytes, blocks * WARPGROUPS)
 

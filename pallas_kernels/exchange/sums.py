@@ -34,7 +34,7 @@ def push_sums(
     axis: str,
     tokens: int,
     *,
-    blocks: int | None = None,
+    reserve_sms: int = 0,
 ) -> jax.Array:
     """Sends Σ_j weights[r, j] · rows[place[r, j]], summed in float32, home for each entry r.
 
@@ -45,14 +45,14 @@ def push_sums(
         entries_M: int32, as in `push.push_rows`, of rows that were received.
         axis: mesh axis of size G.
         tokens: T.
-        blocks: of the kernel; None: one a multiprocessor.
+        reserve_sms: multiprocessors to leave free.
 
     Returns:
         [G·T, D], as `push.push_rows`.
     """
     devices, (limit, width) = lax.axis_size(axis), rows_AD.shape
     copies = place_RJ.shape[1]
-    blocks = min(blocks or sm_count(), sm_count())
+    blocks = max(1, sm_count() - reserve_sms)
     pusher = Pusher(axis, devices, tokens, 2 * width, blocks * WARPGROUPS)
 
     def body(rows: Any, place: Any, entries: Any, *rest: Any) -> None:

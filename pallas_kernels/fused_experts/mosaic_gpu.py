@@ -7,6 +7,7 @@ own, and the gradients of the rows and of both projections.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -99,6 +100,8 @@ def up(
             "keep": keep,
         },
     )
+    if arriving is not None:  # each block waits for itself
+        config = replace(config, cluster=1)
     tile_k = config.tile_k
     part_n = config.tile_n // parts
     _check_width(hidden, part_n)

@@ -21,13 +21,14 @@ from pallas_kernels.exchange.arrivals import Arrivals, Arriving
 from pallas_kernels.exchange.pushing import Pusher
 from pallas_kernels.exchange.sums import push_sums
 from pallas_kernels.fused_experts import api, mosaic_gpu
+from pallas_kernels.hopper.compat import sm_count
 from pallas_kernels.hopper.tiles import COMPUTE, ROWS, TileMap
 
 __all__ = ["PushedRows", "group_slots", "refusal", "remote_experts"]
 
 GROUPS = 16  # in which a device's rows arrive, at most
 BLOCKS = 16  # that write rows while the others multiply
-PUSH_BYTES = 300e9  # a second, a device's, to all (docs/performance.md)
+PUSH_BYTES = 300e9  # a second, of a device that writes to all others while it multiplies
 PRODUCT_FLOPS = 4.9e12  # a second, a multiprocessor's
 
 
@@ -50,7 +51,7 @@ class PushedRows:
     """
 
     out_M: Int32[Array, " M"]
-    firsts_Q: Int32[Array, " Q"]
+    firsts_Q: Int32[Array, " Q+1"]
     back_M: Int32[Array, " M"]
     goes_GT: Bool[Array, "G T"]
     axis: str = field(metadata={"static": True})
@@ -95,7 +96,7 @@ def remote_experts(
         scores_RJ: of the tokens of all devices, R = G·T.
         place_RJ, copy_A, sizes_S, tiles, assignments: layout of the assignments computed here.
         rows: which tokens go where.
-        activation, reserve_sms: as there.
+        activation, reserve_sms: as there; the kernels that only send leave them free, too.
 
     Returns:
         float32 [T, D'], summed over the devices in their order; each device's term is rounded to
@@ -116,17 +117,18 @@ def _forward(arrays, layout, rows, sizing, *, keep):
     """The outputs, and what the backward needs: rows that arrived, and the projections."""
     x_TD, w_in, w_out, scores_RJ = arrays
     place_RJ, copy_A, sizes_S, _ = layout
-    copies, tokens = place_RJ.shape[1], x_TD.shape[0]
+    copies = place_RJ.shape[1]
     few = not keep and sizing.sizes.assignments <= api.FEW_ROWS * sizes_S.shape[0]
     options, _, within = api.options_of(layout, w_out.shape[1], "mosaic_gpu", sizing.sizes, few=few)
     options["few"] = few
     arriving = None
-    if within and not few:
+    reserve_sms = sizing.sizes.reserve_sms
+    if within and not few and sm_count() - reserve_sms >= 2 * BLOCKS:
         arriving = Arriving(rows.out_M, rows.firsts_Q, _arrivals(x_TD, w_in.shape[0], rows))
         options_up = {"copy_A": copy_A, "copies": copies, "arriving": arriving}
         own = x_TD
     else:
-        x_RD = pushing_kernel.push_rows(x_TD, rows.out_M, rows.axis, tokens)
+        x_RD = _spread(x_TD, rows, reserve_sms)
         own, options_up = api.rows_of(x_RD, copy_A, copies, within, options["tiles"])
     a_AH, h, *arrived = mosaic_gpu.up(
         own, w_in, sizes_S, activation=sizing.activation, keep=keep, **options_up, **options
@@ -134,13 +136,22 @@ def _forward(arrays, layout, rows, sizing, *, keep):
     if arriving is not None:
         (x_RD,) = arrived
     y_AD = mosaic_gpu.down(a_AH, w_out, sizes_S, **options)
-    return _home(y_AD, scores_RJ, place_RJ, rows), (x_RD, h)
+    return _home(y_AD, scores_RJ, place_RJ, rows, reserve_sms), (x_RD, h)
 
 
-def _home(rows_AD, weights_RJ, place_RJ, rows):
+def _spread(x_TD, rows, reserve_sms):
+    """Tokens, or their cotangents, to the devices that need them."""
+    return pushing_kernel.push_rows(
+        x_TD, rows.out_M, rows.axis, x_TD.shape[0], reserve_sms=reserve_sms
+    )
+
+
+def _home(rows_AD, weights_RJ, place_RJ, rows, reserve_sms):
     """Each received row's weighted sum goes home, where those of all devices are summed."""
     tokens = rows.goes_GT.shape[1]
-    back_RD = push_sums(rows_AD, weights_RJ, place_RJ, rows.back_M, rows.axis, tokens)
+    back_RD = push_sums(
+        rows_AD, weights_RJ, place_RJ, rows.back_M, rows.axis, tokens, reserve_sms=reserve_sms
+    )
     return push.sum_devices(back_RD, rows.goes_GT)
 
 
@@ -162,12 +173,12 @@ def _remote_fwd(arrays, layout, rows, sizing):
 
 def _remote_bwd(sizing, residuals, ct_TD):
     arrays, layout, rows, h = residuals
-    dtype, tokens = arrays[0].dtype, ct_TD.shape[0]
-    ct_RD = pushing_kernel.push_rows(ct_TD.astype(dtype), rows.out_M, rows.axis, tokens)
+    dtype, reserve_sms = arrays[0].dtype, sizing.sizes.reserve_sms
+    ct_RD = _spread(ct_TD.astype(dtype), rows, reserve_sms)
     x_ct_AD, *others = api.backward(
         arrays, layout, h, ct_RD, sizing.activation, "mosaic_gpu", sizing.sizes
     )
-    x_ct_TD = _home(x_ct_AD, None, layout[0], rows).astype(dtype)
+    x_ct_TD = _home(x_ct_AD, None, layout[0], rows, reserve_sms).astype(dtype)
     return (x_ct_TD, *others), None, None
 
 

@@ -95,6 +95,8 @@ def rows_kernel(
     """
     if arrivals is not None and (not gather or config.cluster > 1):
         raise ValueError("rows that arrive are picked by index, by blocks that wait for themselves")
+    if arrivals is not None and config.sms <= arrivals.blocks:
+        raise ValueError(f"{arrivals.blocks} blocks of {config.sms} write rows: none is left")
     if ragged and (gather or short):
         raise ValueError("rows of groups of any size lie in order, and all of them are wanted")
     if config.cluster > 1 and (ragged or short):
