@@ -87,9 +87,13 @@ def worst(got, want):
     return error / scale if scale > 0 else error
 
 
-def runs(rng, devices, sizes, **options):
+def runs(rng, devices, sizes, *, data=1, tensor=1, **options):
     """(routing, a ring's run, a remote one's, its again) for several routings."""
-    make = partial(ShardedLayer, (1, devices, 1), d_model=sizes.d_model, tokens=sizes.tokens)
+    if devices % (data * tensor) or devices == data * tensor:
+        pytest.skip(f"{devices} GPUs: data × tensor = {data * tensor} leaves none to exchange with")
+    devices //= data * tensor
+    mesh = (data, devices, tensor)
+    make = partial(ShardedLayer, mesh, d_model=sizes.d_model, tokens=sizes.tokens)
     ring, remote = (
         make(config=config_of(sizes, mode, **options), quick=False) for mode in ("ring", "remote")
     )
@@ -134,6 +138,8 @@ UNLIKE = {  # whose roundings XLA places, or which add up parts
     "several waves": {"bucket_slack": 0.1},
     "two chunks": {"chunks": 2},
     "sums by XLA": {},
+    "over data, too": {"data": 2},
+    "over tensor, too": {"tensor": 2},
 }
 
 

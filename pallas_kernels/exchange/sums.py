@@ -15,13 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.exchange.lines import LINE, emit_load, emit_store, line
-from pallas_kernels.exchange.pushing import Pusher, on_device, wait_for_signals
-from pallas_kernels.hopper.compat import COMPILER_PARAMS, named_kernel, sm_count
+from pallas_kernels.exchange.mosaic_gpu import WARPGROUPS, pushing_kernel
+from pallas_kernels.exchange.pushing import Pusher, on_device
+from pallas_kernels.hopper.compat import sm_count
 from pallas_kernels.hopper.simt_emit import Compiled, Word
 
 __all__ = ["push_sums"]
 
-WARPGROUPS = 4  # of a block
 HELD = 16  # loads of a thread that are under way side by side
 COLUMNS = 8  # of a load
 
@@ -55,10 +55,8 @@ def push_sums(
     blocks = max(1, sm_count() - reserve_sms)
     pusher = Pusher(axis, devices, tokens, 2 * width, blocks * WARPGROUPS)
 
-    def body(rows: Any, place: Any, entries: Any, *rest: Any) -> None:
-        *weights, received = rest
-        worker = lax.axis_index("sm") * WARPGROUPS + lax.axis_index("warpgroup")
-        arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    def work(refs: Any, received: Any, worker: Any) -> None:
+        rows, place, entries, *weights = refs
         me, most = lax.axis_index(axis), devices * tokens
         count = entries.shape[0]
         types = (plgpu.RefType(),) * (3 + len(weights)) + (plgpu.Layout.WG_SPLAT,) * 2
@@ -86,20 +84,8 @@ def push_sums(
 
         mine = lax.div(count - worker + (pusher.workers - 1), pusher.workers)
         lax.fori_loop(0, mine, step, fetch(jnp.int32(0)))
-        pusher.signal(arrived)
-        pl.when(worker == 0)(lambda: wait_for_signals(arrived, pusher.signals))
 
-    kernel = named_kernel(
-        body,
-        "push_sums",
-        out_type=jax.ShapeDtypeStruct((devices * tokens, width), rows_AD.dtype),
-        scratch_types=[],
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
-    )
+    kernel = pushing_kernel(work, "push_sums", pusher, rows_AD.dtype)
     weights = [] if weights_RJ is None else [weights_RJ]
     return kernel(rows_AD, place_RJ, entries_M, *weights)
 
