@@ -325,6 +325,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ep_schedule": ep_schedule,
     "ep_layer": lambda: of_exchange("ep_layer_h200x4", figures_exchange.layer),
     "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
+    "wire_training": lambda: of_exchange("wire_training", figures_exchange.trained_with_wires),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["layer", "links", "parts"]
+__all__ = ["layer", "links", "parts", "trained_with_wires"]
 
 Table = tuple[list[str], list[list[str]]]
 """Headings and rows."""
@@ -72,3 +72,20 @@ def links(result: dict[str, Any]) -> Table:
         body[-1].append(f"{1e3 * result['latency_ms'][collective]:.0f}")
     headings = [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB" for size in sizes]
     return ["collective", *headings, "least µs"], body
+
+
+def trained_with_wires(result: dict[str, Any]) -> Table:
+    """Models trained from scratch with a lossy wire."""
+    body = [
+        [
+            "as it is" if row["wire"] == "compute" else f"`{row['wire']}`",
+            "yes" if row["rotate"] else "",
+            f"{row['seed']}",
+            f"{row['bits_per_byte']:.4f}",
+            "" if row is result["rows"][0] else f"{row['change']:+.2%}",
+            f"{row['fewer_bytes']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["on the wire, all four ways", "rotated", "seed", "bits/byte", "change"]
+    return [*headings, "fewer bytes than bfloat16"], body
