@@ -29,8 +29,6 @@ WIRES = (
     ("float8", False, 0),
     ("int4", True, 0),
     ("compute", False, 1),
-    ("int8", True, 0),
-    ("int4", False, 0),
 )
 """Format, rotated, seed."""
 WAYS = ("dispatch", "combine", "dispatch-grad", "combine-grad")
