@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import write_results
+from wire_quality import fewer_bytes
 
 ROOT = Path(__file__).parent.parent
 WIRES = (
@@ -46,20 +47,6 @@ def bits_per_byte(form: str, rotate: bool, seed: int, steps: int) -> dict[str, A
         return json.loads((run / "summary.json").read_text())
 
 
-def fewer_bytes(form: str) -> float:
-    """Of a row's activations, in bfloat16 / as they travel."""
-    from moejax.config import WireConfig
-    from moejax.exchange.wire import row_bytes
-    from moejax.presets import PRESETS
-
-    d_model = PRESETS["tiny"]().model.d_model
-    plain, rounded = (
-        sum(row_bytes(d_model, "bfloat16", 0, WireConfig(*[way] * 4)))  # type: ignore[list-item]
-        for way in ("compute", form)
-    )
-    return plain / rounded
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,6 +54,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--name", default="wire_training")
     args = parser.parse_args()
+    from moejax.config import WireConfig
+    from moejax.presets import PRESETS
+
+    d_model = PRESETS["tiny"]().model.d_model
     rows: list[dict[str, Any]] = []
     for form, rotate, seed in WIRES:
         summary = bits_per_byte(form, rotate, seed, args.steps)
@@ -79,7 +70,7 @@ def main() -> None:
                 "seed": seed,
                 "bits_per_byte": round(found, 5),
                 "change": round(found / exact - 1, 5),
-                "fewer_bytes": round(fewer_bytes(form), 3),
+                "fewer_bytes": round(fewer_bytes(d_model, WireConfig(form, form)), 3),  # type: ignore[arg-type]
             }
         )
         print(rows[-1], flush=True)

@@ -92,15 +92,21 @@ def draw_targets(rng, slots=2, copies=3):
     return np.where(rng.random(target.shape) < 0.4, -1, target)
 
 
+def slots_of(target_GTK, slots=2):
+    """Of every device: slots there of all assignments; `slots` for none."""
+    target_RK = target_GTK.reshape(R, -1)
+    return np.stack([np.where(target_RK // slots == g, target_RK % slots, slots) for g in range(G)])
+
+
 def test_routes(rng):
     target_GTK = draw_targets(rng)
-    target_RK = np.tile(target_GTK.reshape(1, R, 3), (G, 1, 1))
+    ids_RK = slots_of(target_GTK)
 
-    def body(target_TK, target_RK):
-        routes = make_routes(target_TK, target_RK, 2, EXPERT)
+    def body(target_TK, ids_RK):
+        routes = make_routes(target_TK, ids_RK, 2, EXPERT)
         return routes.out_M, routes.back_M, routes.goes_GT
 
-    out, back, goes = run_sharded(body, target_GTK.reshape(-1, 3), target_RK.reshape(-1, 3))
+    out, back, goes = run_sharded(body, target_GTK.reshape(-1, 3), ids_RK.reshape(-1, 3))
     needs = np.array(
         [[[g in t[t >= 0] // 2 for t in mine] for g in range(G)] for mine in target_GTK]
     )  # [me, g, t]
@@ -124,15 +130,14 @@ def test_each_way_has_its_format(rng, dtype):
     x, ct_y = (rng.normal(size=(G, T, 130)).astype(d) for d in (dtype, np.float32))
     y, ct_x = (rng.normal(size=(G, G, T, 130)).astype(dtype) for _ in range(2))
 
-    def body(x_TD, y_RD, ct_RD, ct_TD, target_TK):
-        target_RK = jax.lax.all_gather(target_TK, EXPERT, tiled=True)
-        routes = make_routes(target_TK, target_RK, 2, EXPERT)
+    def body(x_TD, y_RD, ct_RD, ct_TD, target_TK, ids_RK):
+        routes = make_routes(target_TK, ids_RK, 2, EXPERT)
         out, pull = jax.vjp(lambda x: spread_rows(x, routes, EXPERT, WIRE), x_TD)
         home, pull_home = jax.vjp(lambda y: collect_rows(y, routes, EXPERT, WIRE), y_RD)
         return out, *pull(ct_RD), home, *pull_home(ct_TD)
 
     flat = [a.reshape(-1, 130) for a in (x, y, ct_x, ct_y)]
-    got = run_sharded(body, *flat, target_GTK.reshape(-1, 3))
+    got = run_sharded(body, *flat, target_GTK.reshape(-1, 3), slots_of(target_GTK).reshape(-1, 3))
     here = np.array([[[g in t[t >= 0] // 2 for t in s] for s in target_GTK] for g in range(G)])
 
     def rounded(a, form):

@@ -118,7 +118,7 @@ def _bucket_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
 
 def _ring_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     """All-gathers tokens; each device then picks the assignments that are its own."""
-    _, _, scores_RK, ids_RK = _all_assignments(scores_TK, plan, wave, budget)
+    _, scores_RK, ids_RK = _all_assignments(scores_TK, plan, wave, budget)
     x_RD = gather_tokens(x_TD, budget.axis, budget.wire)
     return Rows(x_RD, scores_RK, ids_RK, home=None, waves_inside=_waves_inside(plan, wave))
 
@@ -126,11 +126,11 @@ def _ring_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
 def _remote_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
     """As a ring; only rows with an assignment are written."""
     axis = _whole_axis(budget)
-    target_TK, target_RK, scores_RK, ids_RK = _all_assignments(scores_TK, plan, wave, budget)
+    target_TK, scores_RK, ids_RK = _all_assignments(scores_TK, plan, wave, budget)
     if budget.fused:
         pushed = make_pushed_rows(target_TK, ids_RK, budget)
         return Rows(x_TD, scores_RK, ids_RK, home=None, routes=pushed)
-    routes = make_routes(target_TK, target_RK, budget.slots, axis)
+    routes = make_routes(target_TK, ids_RK, budget.slots, axis)
     x_RD = spread_rows(x_TD, routes, axis, budget.wire)
     # So that gradients of scores that nobody uses are selected: they may stem from anything.
     scores_RK = jnp.where(ids_RK < budget.slots, scores_RK, 0.0)
@@ -138,16 +138,16 @@ def _remote_dispatch(x_TD, scores_TK, plan, wave, budget) -> Rows:
 
 
 def _all_assignments(scores_TK, plan, wave, budget) -> tuple[jax.Array, ...]:
-    """Physical slots of this device's assignments that travel, −1 for none, and of all devices'.
+    """Physical slots of this device's assignments that travel, −1 for none.
 
-    And of all devices' the scores, and the slots here; S for none.
+    And of all devices' assignments the scores, and the slots here; S for none.
     """
     travels_TK = (plan.device_TK < budget.devices) & (plan.wave_TK == wave)
     target_TK = jnp.where(travels_TK, plan.device_TK * budget.slots + plan.slot_TK, -1)
     target_RK, scores_RK = gather_assignments(target_TK, scores_TK, budget.axis)
     mine_RK = target_RK - collectives.axis_index(budget.axis) * budget.slots
     ids_RK = jnp.where((target_RK >= 0) & (mine_RK >= 0), mine_RK, budget.slots)
-    return target_TK, target_RK, scores_RK, jnp.minimum(ids_RK, budget.slots)
+    return target_TK, scores_RK, jnp.minimum(ids_RK, budget.slots)
 
 
 def _whole_axis(budget: Budget) -> str:

@@ -40,42 +40,35 @@ class Routes:
     goes_GT: jax.Array
 
 
-def make_routes(target_TK: jax.Array, target_RK: jax.Array, slots: int, axis: str) -> Routes:
+def make_routes(target_TK: jax.Array, ids_RK: jax.Array, slots: int, axis: str) -> Routes:
     """The routes of one wave.
 
     Args:
         target_TK: int32 physical slot of each assignment of this device that travels; −1 for none.
-        target_RK: the same of all devices.
+        ids_RK: int32, slots here of the assignments of all devices; S for none.
         slots: S of a device.
         axis: mesh axis of size G.
     """
     devices, me = collectives.axis_size(axis), collectives.axis_index(axis)
-    device_G = jnp.arange(devices, dtype=jnp.int32)
-    goes_GT = jnp.any(_device_of(target_TK, slots) == device_G[:, None, None], axis=2)
-    comes_GT = jnp.any(_device_of(target_RK, slots) == me, axis=1).reshape(devices, -1)
-    return Routes(_entries(goes_GT, me), _entries(comes_GT, me), goes_GT)
+    goes_GT = jnp.any(_goes(target_TK, slots, devices), axis=2)
+    return Routes(_entries(goes_GT, me), _back(ids_RK, slots, devices, me), goes_GT)
 
 
 def make_pushed_rows(target_TK: jax.Array, ids_RK: jax.Array, budget: Budget) -> PushedRows:
     """The same for kernels that move the rows while they multiply.
 
     Args:
-        target_TK: as for `make_routes`.
-        ids_RK: int32, slots here of the assignments of all devices; S for none.
+        target_TK, ids_RK: as for `make_routes`.
         budget: static sizes.
     """
     axis, devices, slots = budget.axis, budget.devices, budget.slots
     assert isinstance(axis, str)
-    device_G = jnp.arange(devices, dtype=jnp.int32)
-    goes_GTK = _device_of(target_TK, slots) == device_G[:, None, None]
+    me, goes_GTK = collectives.axis_index(axis), _goes(target_TK, slots, devices)
     goes_GT = jnp.any(goes_GTK, axis=2)
     first_GT = jnp.min(jnp.where(goes_GTK, target_TK % slots, slots), axis=2)
-    back_GT = jnp.any(ids_RK < slots, axis=1).reshape(devices, -1)
-    me = collectives.axis_index(axis)
     out_M, firsts_Q = _sorted_entries(first_GT, slots, me)
-    return PushedRows(
-        out_M, firsts_Q, _entries(back_GT, me), goes_GT, axis=axis, expected=budget.moved_rows
-    )
+    back_M = _back(ids_RK, slots, devices, me)
+    return PushedRows(out_M, firsts_Q, back_M, goes_GT, axis=axis, expected=budget.moved_rows)
 
 
 def _sorted_entries(slot_GT: jax.Array, slots: int, me: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +92,15 @@ def _order(devices: int, me: jax.Array) -> jax.Array:
     return (me + 1 + jnp.arange(devices, dtype=jnp.int32)) % devices
 
 
-def _device_of(target: jax.Array, slots: int) -> jax.Array:
-    return jnp.where(target >= 0, target // slots, -1)
+def _goes(target_TK: jax.Array, slots: int, devices: int) -> jax.Array:
+    """Whether an assignment is for a device, [G, T, K]."""
+    device_TK = jnp.where(target_TK >= 0, target_TK // slots, -1)
+    return device_TK == jnp.arange(devices, dtype=jnp.int32)[:, None, None]
+
+
+def _back(ids_RK: jax.Array, slots: int, devices: int, me: jax.Array) -> jax.Array:
+    """Entries of the rows that came, those with an assignment here."""
+    return _entries(jnp.any(ids_RK < slots, axis=1).reshape(devices, -1), me)
 
 
 def _entries(goes_GT: jax.Array, me: jax.Array) -> jax.Array:

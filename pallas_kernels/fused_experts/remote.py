@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -58,11 +57,6 @@ class PushedRows:
     expected: float = field(metadata={"static": True})
 
 
-class _Sizing(NamedTuple):
-    activation: str
-    sizes: api.Sizing
-
-
 def refusal(case: api.Case, *, forced: bool = False) -> str | None:
     """Why these kernels cannot serve a layer; None if they can.
 
@@ -104,25 +98,24 @@ def remote_experts(
     """
     arrays = (x_TD, w_in_SDNH, w_out_SHD, scores_RJ)
     layout = (place_RJ, copy_A, sizes_S, tiles)
-    sizing = _Sizing(activation, api.Sizing(assignments, reserve_sms))
-    return _remote(arrays, layout, rows, sizing)
+    return _remote(arrays, layout, rows, activation, api.Sizing(assignments, reserve_sms))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _remote(arrays, layout, rows, sizing):
-    return _forward(arrays, layout, rows, sizing, keep=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _remote(arrays, layout, rows, activation, sizing):
+    return _forward(arrays, layout, rows, activation, sizing, keep=False)[0]
 
 
-def _forward(arrays, layout, rows, sizing, *, keep):
+def _forward(arrays, layout, rows, activation, sizing, *, keep):
     """The outputs, and what the backward needs: rows that arrived, and the projections."""
     x_TD, w_in, w_out, scores_RJ = arrays
     place_RJ, copy_A, sizes_S, _ = layout
     copies = place_RJ.shape[1]
-    few = not keep and sizing.sizes.assignments <= api.FEW_ROWS * sizes_S.shape[0]
-    options, _, within = api.options_of(layout, w_out.shape[1], "mosaic_gpu", sizing.sizes, few=few)
+    few = not keep and sizing.assignments <= api.FEW_ROWS * sizes_S.shape[0]
+    options, _, within = api.options_of(layout, w_out.shape[1], "mosaic_gpu", sizing, few=few)
     options["few"] = few
     arriving = None
-    reserve_sms = sizing.sizes.reserve_sms
+    reserve_sms = sizing.reserve_sms
     if within and not few and sm_count() - reserve_sms >= 2 * BLOCKS:
         arriving = Arriving(rows.out_M, rows.firsts_Q, _arrivals(x_TD, w_in.shape[0], rows))
         options_up = {"copy_A": copy_A, "copies": copies, "arriving": arriving}
@@ -131,7 +124,7 @@ def _forward(arrays, layout, rows, sizing, *, keep):
         x_RD = _spread(x_TD, rows, reserve_sms)
         own, options_up = api.rows_of(x_RD, copy_A, copies, within, options["tiles"])
     a_AH, h, *arrived = mosaic_gpu.up(
-        own, w_in, sizes_S, activation=sizing.activation, keep=keep, **options_up, **options
+        own, w_in, sizes_S, activation=activation, keep=keep, **options_up, **options
     )
     if arriving is not None:
         (x_RD,) = arrived
@@ -166,18 +159,16 @@ def _arrivals(x_TD, slots, rows):
     return Arrivals(pusher, slots_each, -(-slots // slots_each), BLOCKS, late)
 
 
-def _remote_fwd(arrays, layout, rows, sizing):
-    y_TD, (x_RD, h) = _forward(arrays, layout, rows, sizing, keep=True)
+def _remote_fwd(arrays, layout, rows, activation, sizing):
+    y_TD, (x_RD, h) = _forward(arrays, layout, rows, activation, sizing, keep=True)
     return y_TD, ((x_RD, *arrays[1:]), layout, rows, h)
 
 
-def _remote_bwd(sizing, residuals, ct_TD):
+def _remote_bwd(activation, sizing, residuals, ct_TD):
     arrays, layout, rows, h = residuals
-    dtype, reserve_sms = arrays[0].dtype, sizing.sizes.reserve_sms
+    dtype, reserve_sms = arrays[0].dtype, sizing.reserve_sms
     ct_RD = _spread(ct_TD.astype(dtype), rows, reserve_sms)
-    x_ct_AD, *others = api.backward(
-        arrays, layout, h, ct_RD, sizing.activation, "mosaic_gpu", sizing.sizes
-    )
+    x_ct_AD, *others = api.backward(arrays, layout, h, ct_RD, activation, "mosaic_gpu", sizing)
     x_ct_TD = _home(x_ct_AD, None, layout[0], rows, reserve_sms).astype(dtype)
     return (x_ct_TD, *others), None, None
 

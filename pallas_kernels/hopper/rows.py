@@ -113,8 +113,8 @@ def rows_kernel(
         sm = lax.axis_index("sm")
         warpgroup = lax.axis_index("warpgroup")
         if arrivals is not None:
-            entries, firsts, *extra, received = refs[:-outputs] + refs[-outputs:][:1]
-            refs = [*extra, *refs[-outputs:][1:]]
+            entries, firsts, *refs = refs
+            received = refs.pop(-outputs)
             arrived, own, lhs = arrivals.semaphores(), lhs, received
 
             @pl.when(sm < arrivals.blocks)
