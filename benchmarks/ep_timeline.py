@@ -4,8 +4,10 @@
 
 `ep_layer.py --profile` writes benchmarks/results/ep_layer_h200x4_timeline.json, a row for each
 variant with the `intervals` of one call on the first device, and `under`: the part of the
-exchange's time in which an expert kernel runs. This draws docs/img/exchange_timeline.svg: the first
-row without overlap (one chunk) and the fastest of the others of that shape and pass.
+exchange's time in which an expert kernel runs. This draws docs/img/exchange_timeline.svg, one panel
+below the other: what one writes without the library, the ring (one chunk: nothing overlaps), and
+the fastest of the others of that shape and pass. In mode `remote` the rows of a layer with narrow
+experts travel inside the first product, which has a colour of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ INK, GREY = "#22303c", "#76838f"
 COLOURS = {
     "exchange": "#d9822b",
     "experts": "#1f5a94",
+    "experts, rows arriving meanwhile": "#8a5a83",
     "routing, planning, sums": "#9aa5ae",
 }
 EXCHANGE = ("nccl", "allgather", "alltoall", "sendrecv", "all-to-all", "all-gather", "memcpyp2p")
+PUSHED = ("push_rows", "push_sums", "multigpubarrier")  # of mode `remote`
 EXPERTS = ("experts_up", "experts_down", "rows_gradient", "w_in_gradient", "w_out_gradient")
+BASELINE_EXPERTS = ("nvjet", "gemm", "cutlass")  # which has no router and no other product
 
 
 class Interval(NamedTuple):
@@ -45,12 +50,30 @@ class Interval(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    """Which of `COLOURS` a kernel is."""
-    low = name.lower().replace("_", "").replace(" ", "")
-    if any(word.replace("_", "") in low for word in EXCHANGE):
+    """Which of `COLOURS` a kernel is, by its name alone."""
+    if _has(name, EXCHANGE + PUSHED):
         return "exchange"
-    found = any(word.replace("_", "") in low for word in EXPERTS)
-    return "experts" if found else "routing, planning, sums"
+    return "experts" if _has(name, EXPERTS) else "routing, planning, sums"
+
+
+def kinds_of(row: dict[str, Any]) -> Callable[[str], str]:
+    """`kind_of` for a row of the result file, whose layer is known."""
+    names = [name for _, name, *_ in row["intervals"]]
+    carried = row["mode"] == "remote" and not any(_has(name, ("push_rows",)) for name in names)
+
+    def kind(name: str) -> str:
+        if row["impl"] == "xla_all_to_all" and _has(name, BASELINE_EXPERTS):
+            return "experts"
+        if carried and _has(name, ("experts_up",)):
+            return "experts, rows arriving meanwhile"
+        return kind_of(name)
+
+    return kind
+
+
+def _has(name: str, words: Iterable[str]) -> bool:
+    low = name.lower().replace("_", "").replace(" ", "")
+    return any(word.replace("_", "") in low for word in words)
 
 
 def profile(call: Callable[[], Any], folder: str | Path) -> list[Interval]:
@@ -112,26 +135,28 @@ def share_under_experts(intervals: list[Interval]) -> float | None:
     return both / total if total else None
 
 
-def draw(panels: dict[str, list[Interval]]) -> Any:
-    """A panel for each list of intervals, a lane for each stream, one scale for all."""
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """A panel for each row, a lane for each stream, one scale for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    lanes = [list(dict.fromkeys(i.stream for i in of_panel)) for of_panel in panels.values()]
+    panels = [[Interval._make(i) for i in row["intervals"]] for row in rows]
+    lanes = [list(dict.fromkeys(i.stream for i in of_panel)) for of_panel in panels]
     heights = [max(1, len(streams)) + 0.9 for streams in lanes]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 1.2 + 0.55 * sum(heights)), height_ratios=heights, sharex=True
     )
     axes = [axes] if len(panels) == 1 else axes
-    for ax, (title, of_panel), streams in zip(axes, panels.items(), lanes, strict=True):
+    for ax, row, of_panel, streams in zip(axes, rows, panels, lanes, strict=True):
+        kind = kinds_of(row)
         for i in of_panel:
-            colour = COLOURS[kind_of(i.name)]
+            colour = COLOURS[kind(i.name)]
             ax.barh(streams.index(i.stream), i.ms, 0.75, i.start_ms, color=colour, lw=0)
         end = max((i.end_ms for i in of_panel), default=0.0)
-        ax.set_title(f"{title}: {end:.2f} ms", fontsize=10, color=INK, loc="left")
+        ax.set_title(f"{_title(row)}: {end:.2f} ms", fontsize=10, color=INK, loc="left")
         ax.set_yticks(range(len(streams)), [f"stream {n + 1}" for n in range(len(streams))])
         ax.tick_params(labelsize=8, colors=GREY, length=0)
         ax.invert_yaxis()
@@ -139,7 +164,7 @@ def draw(panels: dict[str, list[Interval]]) -> Any:
             ax.spines[side].set_visible(False)
     axes[-1].set_xlabel("ms", fontsize=9, color=GREY)
     legend = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
-    figure.legend(handles=legend, loc="lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(handles=legend, loc="lower center", ncols=4, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     return figure
 
@@ -154,28 +179,30 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[Interval]]:
-    """The two rows to show: the first in one chunk, and the fastest of its shape and pass."""
+def _title(row: dict[str, Any]) -> str:
+    chunks = "one chunk" if row["chunks"] == 1 else f"{row['chunks']} chunks"
+    return "{impl}, {shape}, {pass}, {mode}, ".format(**row) + chunks
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the first row's shape and pass: the baseline, the ring in one chunk, the fastest other."""
 
     def end(row: dict[str, Any]) -> float:
         return max(i.end_ms for i in map(Interval._make, row["intervals"]))
 
-    def title(row: dict[str, Any]) -> str:
-        chunks = "one chunk" if row["chunks"] == 1 else f"{row['chunks']} chunks"
-        return "{shape}, {pass}, {mode}, {options}, ".format(**row) + chunks
-
     rows = [row for row in rows if row["intervals"]]
     if not rows:
         raise SystemExit("the profiles saw no kernels of a device: another profiler may hold it")
-    first = next((row for row in rows if row["chunks"] == 1), rows[0])
-    alike = [r for r in rows if all(r[k] == first[k] for k in ("shape", "pass")) and r is not first]
-    shown = [first, *([min(alike, key=end)] if alike else [])]
-    return {title(row): [Interval._make(i) for i in row["intervals"]] for row in shown}
+    rows = [r for r in rows if all(r[k] == rows[0][k] for k in ("shape", "pass"))]
+    first = [r for r in rows if r["impl"] == "xla_all_to_all"][:1]
+    first += [r for r in rows if r["mode"] == "ring" and r["chunks"] == 1][:1]
+    others = [r for r in rows if r not in first]
+    return first + sorted(others, key=end)[:1]
 
 
 def main() -> None:
     rows = json.loads((RESULTS / f"{NAME}.json").read_text())["rows"]
-    save(draw(panels_of(rows)), PICTURE)
+    save(draw(shown(rows)), PICTURE)
     print(PICTURE)
 
 

@@ -220,16 +220,25 @@ def test_timeline_is_read_and_drawn(tmp_path):
     assert ep_timeline.share_under_experts(intervals) == pytest.approx(2 / 4)
     assert ep_timeline.share_under_experts(intervals[:1]) is None
 
-    key = {"shape": "s", "pass": "fwd", "mode": "ring", "options": "lhs"}
+    key = {"impl": "moejax", "shape": "s", "pass": "fwd", "mode": "ring"}
     longer = [i._replace(ms=2 * i.ms) for i in intervals]
     rows = [
         {**key, "chunks": 2, "intervals": longer},
+        {**key, "impl": "xla_all_to_all", "mode": "all_to_all", "chunks": 1, "intervals": longer},
         {**key, "chunks": 1, "intervals": longer},
-        {**key, "chunks": 4, "intervals": intervals},
+        {**key, "mode": "remote", "chunks": 1, "intervals": intervals},
         {**key, "chunks": 8, "intervals": []},
     ]
-    panels = ep_timeline.panels_of(json.loads(json.dumps(rows)))
-    assert list(panels) == ["s, fwd, ring, lhs, one chunk", "s, fwd, ring, lhs, 4 chunks"]
+    panels = ep_timeline.shown(json.loads(json.dumps(rows)))
+    assert [(r["impl"], r["mode"], r["chunks"]) for r in panels] == [
+        ("xla_all_to_all", "all_to_all", 1),
+        ("moejax", "ring", 1),
+        ("moejax", "remote", 1),
+    ]
+    baseline, ring, remote = map(ep_timeline.kinds_of, panels)
+    assert baseline("nvjet_tss") == ring("experts_up") == "experts"
+    assert remote("experts_up") == "experts, rows arriving meanwhile"
+    assert remote("push_sums_mosaic_gpu_kernel") == "exchange"
     ep_timeline.save(ep_timeline.draw(panels), tmp_path / "timeline.svg")
     assert (tmp_path / "timeline.svg").read_text().count("<path") > 6
 

@@ -197,7 +197,7 @@ class Layers:
 
     def _mapped(self, body, *specs, out):
         mapped = jax.shard_map(body, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
-        return jax.jit(mapped, compiler_options=ROUNDING)
+        return jax.jit(mapped, **ROUNDING)
 
     def draws(self, sizes):
         """A function of the step's number, [1]: tokens, their cotangents and mask.
