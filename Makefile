@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 GPU_TESTS := $(addprefix tests/test_,hopper_kernels.py route_kernels.py router_product.py \
 	ragged_groups.py quantized_experts.py fp8_experts.py quantized_bank.py every_backend.py \
-	schedule.py remote_gpus.py)
+	paged_kernels.py schedule.py remote_gpus.py)
 ARGS ?=
 EXTRAS ?= dev# e.g. make train EXTRAS=dev,cuda13
 

@@ -100,6 +100,8 @@ def parse(
                 description=description,
                 return_unknown_args=True,
                 registry=_registry(),
+                # A part that may be missing has flags if the default has the part.
+                config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as end:
         if end.code in (0, None):

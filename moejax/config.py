@@ -14,21 +14,24 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moejax.attention_config import AttentionConfig, LatentConfig, YarnConfig
 from moejax.errors import UserError
 
 __all__ = [
     "AttentionConfig",
     "ExchangeConfig",
     "ExpertsConfig",
+    "LatentConfig",
     "LayerConfig",
     "MoEConfig",
     "ModelConfig",
     "RouterConfig",
+    "YarnConfig",
 ]
 
 ScoreFunction = Literal["softmax", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
-Activation = Literal["swiglu", "geglu", "gelu", "relu2"]
+Activation = Literal["swiglu", "geglu", "swiglu_oai", "gelu", "relu2"]
 ExchangeMode = Literal["auto", "local", "all_to_all", "ring", "remote"]
 WireFormat = Literal["compute", "int8", "float8", "int4"]
 RematPolicy = Literal["none", "layer", "dots"]
@@ -112,8 +115,9 @@ class ExpertsConfig:
 
     Attributes:
         hidden: width H of one expert.
-        activation: gated `swiglu`, `geglu` (arXiv 2002.05202), or plain `gelu`, `relu2`
-            (arXiv 2109.08668). `gelu` and `geglu` use the tanh approximation.
+        activation: gated `swiglu`, `geglu` (arXiv 2002.05202), `swiglu_oai` (gpt-oss: clamped,
+            see `moejax.activations`), or plain `gelu`, `relu2` (arXiv 2109.08668). `gelu` and
+            `geglu` use the tanh approximation.
         bias: both products have a bias.
         shared_hidden: total width of the experts every token uses (0: none).
         shared_gate: scale the shared experts' output by a learned sigmoid gate (Qwen2-MoE).
@@ -135,7 +139,7 @@ class ExpertsConfig:
     @property
     def num_in(self) -> int:
         """Number of input projections: 2 for gated activations, else 1."""
-        return 2 if self.activation in ("swiglu", "geglu") else 1
+        return 1 if self.activation in ("gelu", "relu2") else 2
 
 
 @dataclass(frozen=True)
@@ -269,36 +273,6 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions (arXiv 2104.09864).
-
-    Attributes:
-        num_heads: N, query heads.
-        num_kv_heads: heads of keys and values; divides `num_heads`.
-        head_dim: h, width of a head, even.
-        rope_theta: base of the rotary wavelengths.
-        qk_norm: RMSNorm over each `head` of q and k before the rotation (Qwen3); `full` norms over
-            all heads together (OLMoE).
-    """
-
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    rope_theta: float = 10_000.0
-    qk_norm: Literal["none", "head", "full"] = "none"
-
-    def __post_init__(self) -> None:
-        _require(
-            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
-            f"num_heads={self.num_heads}: must be a multiple of num_kv_heads={self.num_kv_heads}",
-        )
-        _require(
-            self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim}: must be even for rotary positions",
-        )
-
-
-@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer as the model builds it: attention, then an MoE or a dense MLP."""
 
@@ -323,6 +297,8 @@ class ModelConfig:
         dense_hidden: width of the dense layers' MLP.
         first_dense_layers: the first layers use a dense MLP of width `dense_hidden` (DeepSeek).
         top_k_by_layer: number of experts of a token for each layer; empty: the router's top_k.
+        window_by_layer: attention's window for each layer, in tokens, 0 for none; empty:
+            `attention.window` in all of them.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head uses the embedding's weights.
         scan_layers: run equal consecutive layers by one `lax.scan` (compile time) or unrolled.
@@ -339,6 +315,7 @@ class ModelConfig:
     dense_hidden: int = 0
     first_dense_layers: int = 0
     top_k_by_layer: tuple[int, ...] = ()
+    window_by_layer: tuple[int, ...] = ()
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     scan_layers: bool = False
@@ -357,11 +334,13 @@ class ModelConfig:
             self.first_dense_layers == 0 or self.dense_hidden > 0,
             f"first_dense_layers={self.first_dense_layers}: needs dense_hidden > 0",
         )
-        _require(
-            len(self.top_k_by_layer) in (0, self.num_layers),
-            f"top_k_by_layer has {len(self.top_k_by_layer)} entries: needs one for each of the "
-            f"{self.num_layers} layers, or none",
-        )
+        for name in "top_k_by_layer", "window_by_layer":
+            entries = len(getattr(self, name))
+            _require(
+                entries in (0, self.num_layers),
+                f"{name} has {entries} entries: needs one for each of the {self.num_layers} "
+                "layers, or none",
+            )
 
     @property
     def padded_vocab(self) -> int:
@@ -383,4 +362,7 @@ class ModelConfig:
             if self.top_k_by_layer:
                 router = dataclasses.replace(moe.router, top_k=self.top_k_by_layer[index])
                 moe = dataclasses.replace(moe, router=router)
-        return LayerConfig(self.d_model, self.norm_eps, self.attention, moe, dense)
+        attention = self.attention
+        if self.window_by_layer:
+            attention = dataclasses.replace(attention, window=self.window_by_layer[index] or None)
+        return LayerConfig(self.d_model, self.norm_eps, attention, moe, dense)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moejax.config import ExpertsConfig, LayerConfig, ModelConfig
-from sharding.flops import active_matrix_parameters, step_flops_per_token
+from moejax.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
+from sharding.flops import (
+    active_matrix_parameters,
+    attention_matrix_parameters,
+    step_flops_per_token,
+)
 
 __all__ = ["Flops", "Parameters", "count_parameters", "flops_per_token"]
 
@@ -46,12 +50,22 @@ def _mlp_size(d_model: int, experts: ExpertsConfig, hidden: int) -> int:
     return size + (experts.num_in * hidden + d_model if experts.bias else 0)
 
 
-def _layer_size(layer: LayerConfig) -> tuple[int, int, int]:
-    """Parameters of a layer: all, in its routed experts, in those of them a token uses."""
-    attention, d_model = layer.attention, layer.d_model
+def _attention_size(d_model: int, attention: AttentionConfig) -> int:
     heads = attention.num_heads + attention.num_kv_heads
     norms = {"none": 0, "head": 2 * attention.head_dim, "full": heads * attention.head_dim}
-    size = 2 * d_model * heads * attention.head_dim + 2 * d_model + norms[attention.qk_norm]
+    size = attention_matrix_parameters(d_model, attention) + norms[attention.qk_norm]
+    if attention.latent is not None:
+        size += attention.latent.rank + (attention.latent.query_rank or 0)
+    if attention.bias:
+        size += (heads + attention.num_kv_heads) * attention.head_dim
+    size += d_model if attention.output_bias else 0
+    return size + (attention.num_heads if attention.sinks else 0)
+
+
+def _layer_size(layer: LayerConfig) -> tuple[int, int, int]:
+    """Parameters of a layer: all, in its routed experts, in those of them a token uses."""
+    d_model = layer.d_model
+    size = _attention_size(d_model, layer.attention) + 2 * d_model
     if layer.dense is not None:
         return size + _mlp_size(d_model, layer.dense, layer.dense.hidden), 0, 0
     assert layer.moe is not None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from moejax.config import ExpertsConfig, ModelConfig
+from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig
 
-__all__ = ["PEAK_FLOPS", "active_matrix_parameters", "peak_flops", "step_flops_per_token"]
+__all__ = [
+    "PEAK_FLOPS",
+    "active_matrix_parameters",
+    "attention_matrix_parameters",
+    "peak_flops",
+    "step_flops_per_token",
+]
 
 PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
@@ -30,17 +36,27 @@ def _mlp_parameters(d_model: int, experts: ExpertsConfig, hidden: int) -> int:
     return d_model * hidden * (experts.num_in + 1)
 
 
+def attention_matrix_parameters(d_model: int, attention: AttentionConfig) -> int:
+    """Weights of attention's projections; every token is multiplied with all of them."""
+    heads, head_dim, latent = attention.num_heads, attention.head_dim, attention.latent
+    if latent is None:
+        return d_model * (2 * heads + 2 * attention.num_kv_heads) * head_dim
+    source, down = latent.query_rank or d_model, latent.rank + latent.rope_dim
+    down += latent.query_rank or 0
+    up = latent.rank * (head_dim - latent.rope_dim + latent.value_dim)
+    return d_model * down + heads * (source * head_dim + up + latent.value_dim * d_model)
+
+
 def active_matrix_parameters(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: attention, router, K experts, shared, head.
 
     The embedding is a lookup and counts nothing; norms and biases are left out, and so is folding
     projections of rows into the experts' weights, which is once a microbatch, not a token.
     """
-    attention, d_model = config.attention, config.d_model
-    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    d_model = config.d_model
     total = d_model * config.vocab_size
     for layer in config.layers():
-        total += d_model * heads * attention.head_dim
+        total += attention_matrix_parameters(d_model, layer.attention)
         if layer.moe is not None:
             experts, router, wire = layer.moe.experts, layer.moe.router, layer.moe.exchange.wire
             total += _mlp_parameters(d_model, experts, experts.shared_hidden)
@@ -57,9 +73,15 @@ def active_matrix_parameters(config: ModelConfig) -> int:
 def step_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward a token: 6 a weight, and causal attention's products.
 
-    Attention counts the half that a causal mask leaves: forward 2·S·N·h a layer, three times
-    that with the backward (arXiv 2204.02311, appendix B, counts the whole square).
+    Attention counts the half that a causal mask leaves, forward 2·S·N·h a layer, or of it what a
+    window of W tokens leaves, W − W²/2S instead of S/2 keys a token; three times that with the
+    backward (arXiv 2204.02311, appendix B, counts the whole square). Values of another width v
+    count (h + v)/2 for h.
     """
-    attention = config.attention
-    scores = 2.0 * seq_len * attention.num_heads * attention.head_dim * config.num_layers
+    scores = 0.0
+    for layer in config.layers():
+        attention = layer.attention
+        window = min(attention.window or seq_len, seq_len)
+        keys = window - window**2 / (2 * seq_len)
+        scores += 2.0 * keys * attention.num_heads * (attention.head_dim + attention.value_dim)
     return 6.0 * active_matrix_parameters(config) + 3.0 * scores

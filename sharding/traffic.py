@@ -107,6 +107,7 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("modes", "combine", "combine"),
     ("waves", "run_waves", "further wave"),
     ("attention", "Attention", "attention"),
+    ("latent_attention", "LatentAttention", "attention"),
     ("mlp", "DenseMLP", "MLP"),
     ("layer", "MoEAux.over_devices", "metrics"),
     ("experts", "ExpertBank", "experts"),

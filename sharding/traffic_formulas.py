@@ -150,7 +150,13 @@ class _Formulas:
 
     def attention(self, layer: LayerConfig, wide: int) -> Iterator[Crossing]:
         yield from self.forward("attention", "all-reduce", TENSOR, wide)
-        yield self.one("attention", "backward", "all-reduce", TENSOR, wide)
+        latent = layer.attention.latent
+        if latent is None:
+            yield self.one("attention", "backward", "all-reduce", TENSOR, wide)
+        else:  # what all heads share: the source of the queries, the latent and the rotated key
+            shared = latent.rank + latent.rope_dim + (latent.query_rank or layer.d_model)
+            crossing = self.tokens * shared * self.item
+            yield self.one("attention", "backward", "all-reduce", TENSOR, crossing)
         for _ in "qk":
             if layer.attention.qk_norm == "full":  # a mean square for each token, both ways
                 yield from self.forward("attention", "all-reduce", TENSOR, 4 * self.tokens)

@@ -155,10 +155,10 @@ def _maps(ids, slots):
     return {"place": place, "copy": copy, "sizes": sizes}
 
 
-def layer_arrays(rng, ids, *, slots, d_model, hidden, parts, d_out=None, biases=False):
+def layer_arrays(rng, ids, *, slots, d_model, hidden, parts, d_out=None, biases=False, rows=1.0):
     d_out = d_out or d_model
     arrays = {
-        "x": draw(rng, len(ids), d_model),
+        "x": draw(rng, len(ids), d_model, scale=rows),
         "w_in": draw(rng, slots, d_model, parts, hidden, scale=d_model**-0.5),
         "w_out": draw(rng, slots, hidden, d_out, scale=hidden**-0.5),
         "scores": (0.1 + rng.random(ids.shape)).astype(np.float32) * (ids < slots),
@@ -194,7 +194,7 @@ def exact_layer(arrays, ids, ct, activation):
 
 
 def fused_problem(rng, ids, *, slots, activation="swiglu", **shapes):
-    parts = 2 if activation in ("swiglu", "geglu") else 1
+    parts = 1 if activation in ("gelu", "relu2") else 2
     arrays = layer_arrays(rng, ids, slots=slots, parts=parts, **shapes)
     ct = draw(rng, len(ids), arrays["w_out"].shape[2])
     results = exact_layer(arrays, ids, ct, activation)
@@ -223,7 +223,7 @@ def _requantized(a):
 
 def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", **widths):
     """Exact for the quantized weights, and for rows and hidden values rounded where rows are."""
-    parts = 2 if activation in ("swiglu", "geglu") else 1
+    parts = 1 if activation in ("gelu", "relu2") else 2
     arrays = layer_arrays(rng, ids, slots=slots, parts=parts, **widths)
     q_in = quantize(jnp.swapaxes(jnp.asarray(arrays["w_in"]), 1, 2), dtype)
     q_out = quantize(jnp.asarray(arrays["w_out"]), dtype)

@@ -72,11 +72,17 @@ def layer(rng, *, slots, tokens, copies, d_model, hidden, parts, ids=None):
     }
 
 
+def _swiglu_oai(h):
+    gate, value = jnp.minimum(h[0], 7.0), jnp.clip(h[1], -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (value + 1.0)
+
+
 def activation64(name, h):
     """Value [H] and derivatives [N, H] of the projections, by JAX in float64."""
     function = {
         "swiglu": lambda h: jax.nn.silu(h[0]) * h[1],
         "geglu": lambda h: jax.nn.gelu(h[0], approximate=True) * h[1],
+        "swiglu_oai": _swiglu_oai,
         "gelu": lambda h: jax.nn.gelu(h[0], approximate=True),
         "relu2": lambda h: jax.nn.relu(h[0]) ** 2,
     }[name]

@@ -26,9 +26,15 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def swiglu_oai(gate, value):
+    gate, value = np.minimum(gate, 7), np.clip(value, -7, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (value + 1)
+
+
 ACTIVATIONS = {
     "swiglu": lambda h: silu(h[..., 0, :]) * h[..., 1, :],
     "geglu": lambda h: gelu_tanh(h[..., 0, :]) * h[..., 1, :],
+    "swiglu_oai": lambda h: swiglu_oai(h[..., 0, :], h[..., 1, :]),
     "gelu": lambda h: gelu_tanh(h[..., 0, :]),
     "relu2": lambda h: np.maximum(h[..., 0, :], 0) ** 2,
 }
@@ -38,33 +44,50 @@ def rms(x, scale, eps, axes=(-1,)):
     return x / np.sqrt(np.mean(x**2, axis=axes, keepdims=True) + eps) * scale
 
 
-def rope(x_BSNh, positions_BS, theta):
-    """Rotation of complex numbers x[i] + i·x[i + h/2]."""
+def rope(x_BSNh, positions_BS, theta, interleaved=False, yarn=None):
+    """Rotation of complex numbers x[i] + i·x[i + h/2], or x[2i] + i·x[2i + 1]."""
     half = x_BSNh.shape[-1] // 2
-    numbers = x_BSNh[..., :half] + 1j * x_BSNh[..., half:]
-    angle = positions_BS[..., None, None] * theta ** (-np.arange(half) / half)
-    numbers = numbers * np.exp(1j * angle)
+    frequencies, scale = theta ** (-np.arange(half) / half), 1.0
+    if yarn is not None:
+        scale = yarn.rotation_scale
+        # The pair that makes β turns in the original context: context · θ^(-pair/half) = 2πβ.
+        ends = [
+            half * np.log(yarn.original_context / (2 * np.pi * beta)) / np.log(theta)
+            for beta in (yarn.beta_fast, yarn.beta_slow)
+        ]
+        if yarn.truncate:
+            ends = [np.floor(ends[0]), np.ceil(ends[1])]
+        ends = max(ends[0], 0), min(ends[1], 2 * half - 1)
+        stretched = np.interp(np.arange(half), ends, [0.0, 1.0])
+        frequencies = frequencies * (1 - stretched + stretched / yarn.factor)
+    turn = scale * np.exp(1j * positions_BS[..., None, None] * frequencies)
+    if interleaved:
+        numbers = (x_BSNh[..., ::2] + 1j * x_BSNh[..., 1::2]) * turn
+        return np.stack([numbers.real, numbers.imag], axis=-1).reshape(x_BSNh.shape)
+    numbers = (x_BSNh[..., :half] + 1j * x_BSNh[..., half:]) * turn
     return np.concatenate([numbers.real, numbers.imag], axis=-1)
 
 
 def attention(p, x_BSD, positions_BS, config, eps):
     """Loops over heads and queries; p from parameter name to float64 array."""
-    q = np.einsum("bsd,dnh->bsnh", x_BSD, p["w_q"])
-    k = np.einsum("bsd,dnh->bsnh", x_BSD, p["w_k"])
-    v = np.einsum("bsd,dnh->bsnh", x_BSD, p["w_v"])
+    q, k, v = (np.einsum("bsd,dnh->bsnh", x_BSD, p[f"w_{n}"]) + p.get(f"b_{n}", 0.0) for n in "qkv")
     if config.qk_norm != "none":
         axes = (-1,) if config.qk_norm == "head" else (-2, -1)
         q, k = rms(q, p["q_scale"], eps, axes), rms(k, p["k_scale"], eps, axes)
-    q, k = rope(q, positions_BS, config.rope_theta), rope(k, positions_BS, config.rope_theta)
+    settings = config.rope_theta, config.rope_interleaved, config.yarn
+    q, k = rope(q, positions_BS, *settings), rope(k, positions_BS, *settings)
+    scale = 1 / np.sqrt(config.head_dim) * (config.yarn.logit_scale if config.yarn else 1.0)
     out = np.zeros_like(q)
     share = config.num_heads // config.num_kv_heads
     for n in range(config.num_heads):
         for s in range(x_BSD.shape[1]):
-            keys, values = k[:, : s + 1, n // share], v[:, : s + 1, n // share]
-            score = np.einsum("bh,bth->bt", q[:, s, n], keys) / np.sqrt(config.head_dim)
-            score = np.exp(score - score.max(-1, keepdims=True))
-            out[:, s, n] = np.einsum("bt,bth->bh", score / score.sum(-1, keepdims=True), values)
-    return np.einsum("bsnh,nhd->bsd", out, p["w_o"])
+            first = max(0, s + 1 - (config.window or s + 1))
+            keys, values = k[:, first : s + 1, n // share], v[:, first : s + 1, n // share]
+            score = np.exp(np.einsum("bh,bth->bt", q[:, s, n], keys) * scale)
+            sink = np.exp(p["sinks"][n]) if "sinks" in p else 0.0
+            share_of = score / (score.sum(-1, keepdims=True) + sink)
+            out[:, s, n] = np.einsum("bt,bth->bh", share_of, values)
+    return np.einsum("bsnh,nhd->bsd", out, p["w_o"]) + p.get("b_o", 0.0)
 
 
 def mlp(p, x_TD, activation):

@@ -62,6 +62,16 @@ def _silu(v):
     return v * s, s * (1 + v * (1 - s))
 
 
+def _clamped(gate, value):
+    """gpt-oss's activation, and its pull-back."""
+    seen = np.stack([gate <= 7, np.abs(value) <= 7], axis=1)
+    gate, value = np.minimum(gate, 7), np.clip(value, -7, 7) + 1
+    s = _sigmoid(1.702 * gate)
+    slope = s * (1 + 1.702 * gate * (1 - s))
+    slopes = np.stack([value * slope, gate * s], axis=1) * seen
+    return gate * s * value, lambda ct: ct[:, None] * slopes
+
+
 def activate(h, name):
     """[T, N, H] → [T, H], and a function that pulls a cotangent [T, H] back to [T, N, H]."""
     if name == "relu2":
@@ -70,6 +80,8 @@ def activate(h, name):
     if name == "gelu":
         y, slope = _gelu(h[:, 0])
         return y, lambda ct: (ct * slope)[:, None]
+    if name == "swiglu_oai":
+        return _clamped(h[:, 0], h[:, 1])
     gate, slope = {"swiglu": _silu, "geglu": _gelu}[name](h[:, 0])
     value = h[:, 1]
     return gate * value, lambda ct: np.stack([ct * value * slope, ct * gate], axis=1)

@@ -7,6 +7,7 @@ from moejax.config import (
     AttentionConfig,
     ExchangeConfig,
     ExpertsConfig,
+    LatentConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
@@ -151,6 +152,31 @@ CASES = {
     "single rows, exact, one wave": (
         (2, 4, 1),
         run_config(exchange={"mode": "remote", "bucket_slack": math.inf}),
+    ),
+    "biases, sinks, windows, rematted": (
+        (2, 2, 2),
+        run_config(
+            attention={"bias": True, "output_bias": True, "sinks": True, "qk_norm": "head"},
+            model={"window_by_layer": (4, 0, 0), "num_layers": 3, "remat": "layer"},
+        ),
+    ),
+    "latent attention, queries too, rematted and scanned": (
+        (2, 2, 2),
+        run_config(
+            attention={
+                "num_kv_heads": 4,
+                "head_dim": 24,
+                "latent": LatentConfig(rank=32, rope_dim=8, value_dim=20, query_rank=48),
+            },
+            model={"num_layers": 3, "scan_layers": True, "remat": "layer"},
+        ),
+    ),
+    "latent attention, float32": (
+        (1, 2, 4),
+        run_config(
+            attention={"num_kv_heads": 4, "latent": LatentConfig(32, 8, 12)},
+            model={"compute_dtype": "float32"},
+        ),
     ),
     "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
     "one device": ((1, 1, 1), run_config()),

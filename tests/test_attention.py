@@ -1,8 +1,7 @@
 """Attention against a float64 oracle; tensor parallel against one device; the cache's edges."""
 
-import functools
+import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,22 +14,20 @@ from model_support import (
     mesh_of,
     named,
     randomize,
-    rope,
     shard_map,
     specs_of,
     value_and_grads,
 )
 
-from moejax.config import AttentionConfig
-from moejax.model.attention import Attention
+from moejax.config import AttentionConfig, LatentConfig, ModelConfig, YarnConfig
+from moejax.model.attention import Attention, choose_attention
 from moejax.model.cache import LayerCache
-from moejax.model.rope import rotate
 
 B, S, D, EPS = 2, 8, 32, 1e-5
 
 
-def make(qk_norm, rng, num_heads=8, num_kv_heads=4):
-    config = AttentionConfig(num_heads, num_kv_heads, 8, qk_norm=qk_norm)
+def make(qk_norm, rng, num_heads=8, num_kv_heads=4, **changes):
+    config = AttentionConfig(num_heads, num_kv_heads, 8, qk_norm=qk_norm, **changes)
     module = Attention(D, config, norm_eps=EPS, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(module)
     return config, graphdef, randomize(state, rng)
@@ -53,20 +50,28 @@ def run(tensor, graphdef, state, batch):
     )
 
 
-def test_rotate_is_multiplication_of_complex_numbers(rng):
-    x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
-    positions = rng.integers(0, 2000, size=(2, 5)).astype(np.int32)
-    got = jax.jit(functools.partial(rotate, theta=1e4))(x, positions)
-    np.testing.assert_allclose(got, rope(x.astype(np.float64), positions, 1e4), atol=2e-3)
-    small = np.minimum(positions, 7)
-    got = jax.jit(functools.partial(rotate, theta=1e4))(x, small)
-    np.testing.assert_allclose(got, rope(x.astype(np.float64), small, 1e4), atol=3e-6)
-    assert rotate(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions), 1e4).dtype == jnp.bfloat16
+YARN = YarnConfig(4.0, 32, beta_fast=8.0, mscale=0.7, mscale_all_dim=1.2)
+CASES = {
+    "plain": (2, {}),
+    "norm of heads": (4, {"qk_norm": "head"}),
+    "norm of all heads": (4, {"qk_norm": "full"}),
+    "biases": (4, {"bias": True, "output_bias": True, "qk_norm": "head"}),
+    "as in gpt-oss": (
+        2,
+        {"bias": True, "output_bias": True, "sinks": True, "window": 3, "yarn": YARN},
+    ),
+    "window, pairs side by side": (
+        4,
+        {"bias": True, "window": 5, "rope_interleaved": True, "yarn": YARN},
+    ),
+    "sinks alone": (4, {"sinks": True}),
+}
 
 
-@pytest.mark.parametrize(("qk_norm", "tensor"), [("none", 2), ("head", 4), ("full", 4)])
-def test_matches_oracle_and_splits_over_tensor(qk_norm, tensor, rng):
-    config, graphdef, state = make(qk_norm, rng)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle_and_splits_over_tensor(name, rng):
+    tensor, changes = CASES[name]
+    config, graphdef, state = make(**{"qk_norm": "none", **changes}, rng=rng)
     batch = inputs(rng)
     value, grads, dx = run(1, graphdef, state, batch)
 
@@ -113,19 +118,108 @@ def test_a_full_cache_row_drops_writes_and_keeps_what_it_has(rng):
     _, graphdef, state = make("none", rng, num_heads=4, num_kv_heads=2)
     x, _, _ = inputs(rng)
     x = x[:, :2]
-    old = rng.normal(size=(2, B, 6, 2, 8)).astype(np.float32)
+    old = rng.normal(size=(2, 2, B, 6, 8)).astype(np.float32)  # a page of 6 positions for each row
     lengths = np.array([5, 1], np.int32)  # row 0 has room for one of its two tokens
+    tables = np.array([[1], [0]], np.int32)
 
-    def local(state, x, cache, lengths):
+    def local(state, x, cache, lengths, tables):
         positions = lengths[:, None] + jnp.arange(2, dtype=jnp.int32)
-        return nnx.merge(graphdef, state)(x, positions, cache=cache, lengths_B=lengths)[1]
+        module = nnx.merge(graphdef, state)
+        return module(x, positions, cache=cache, lengths_B=lengths, tables_BN=tables)[1]
 
-    heads = P(None, None, "tensor", None)
+    heads = P("tensor", None, None, None)
     specs = LayerCache(heads, heads)
-    run = shard_map(local, mesh_of(tensor=2), (specs_of(state), P(), specs, P()), specs)
-    new = run(state, x, LayerCache(*old), lengths)
-    for before, after in zip(old, (new.k_BLMh, new.v_BLMh)):
-        changed = np.any(before != np.asarray(after), axis=(2, 3))
+    run = shard_map(local, mesh_of(tensor=2), (specs_of(state), P(), specs, P(), P()), specs)
+    new = run(state, x, LayerCache(*old), lengths, tables)
+    for before, after in zip(old, (new.k_MPLh, new.v_MPLh)):
+        changed = np.any(before != np.asarray(after), axis=(0, 3))
         expected = np.zeros((B, 6), bool)
-        expected[0, 5] = expected[1, 1] = expected[1, 2] = True
+        expected[1, 5] = expected[0, 1] = expected[0, 2] = True
         np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("name", ["as in gpt-oss", "window, pairs side by side"])
+def test_token_by_token_with_a_cache_is_the_whole_text(name, rng):
+    tensor, changes = CASES[name]
+    _, graphdef, state = make(**{"qk_norm": "none", **changes}, rng=rng)
+    x = inputs(rng)[0]
+    cache = LayerCache(*np.zeros((2, 4, 2 * B, S // 2, 8), np.float32))
+    tables = np.array([[2, 1], [0, 3]], np.int32)
+
+    def local(state, x, cache, tables):
+        module = nnx.merge(graphdef, state)
+        start, out = 0, []
+        for count in 3, 1, S - 4:
+            positions = jnp.broadcast_to(
+                jnp.arange(start, start + count, dtype=jnp.int32), (B, count)
+            )
+            lengths = jnp.full(B, start, jnp.int32)
+            new = x[:, start : start + count]
+            y, cache = module(new, positions, cache=cache, lengths_B=lengths, tables_BN=tables)
+            start, out = start + count, [*out, y]
+        positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+        return jnp.concatenate(out, axis=1), module(x, positions)[0]
+
+    heads = P("tensor", None, None, None)
+    specs = LayerCache(heads, heads)
+    run = shard_map(local, mesh_of(tensor=tensor), (specs_of(state), P(), specs, P()), P())
+    parts, whole = run(state, x, cache, tables)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=2e-5)
+
+
+def test_is_the_attention_of_gpt_oss(rng):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
+
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "truncate": False}
+    theirs = transformers.GptOssConfig(
+        hidden_size=D,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=1,
+        layer_types=["sliding_attention"],
+        sliding_window=3,
+        rope_parameters={**rope, "original_max_position_embeddings": 32},
+        max_position_embeddings=128,
+        attn_implementation="eager",
+    )
+    yarn = YarnConfig(4.0, 32, truncate=False)
+    changes = {"bias": True, "output_bias": True, "sinks": True, "window": 3, "yarn": yarn}
+    _, graphdef, state = make("none", rng, num_heads=4, num_kv_heads=2, **changes)
+    x, positions, _ = inputs(rng)
+
+    attention = GptOssAttention(theirs, 0)
+    p = {k: torch.from_numpy(np.array(v)) for k, v in named(state).items()}
+    weights = {"sinks": p["sinks"], "o_proj.weight": p["w_o"].reshape(-1, D).T}
+    weights["o_proj.bias"] = p["b_o"]
+    for name in "qkv":
+        weights[f"{name}_proj.weight"] = p[f"w_{name}"].reshape(D, -1).T
+        weights[f"{name}_proj.bias"] = p[f"b_{name}"].reshape(-1)
+    attention.load_state_dict(weights)
+    before = np.arange(S)[:, None] - np.arange(S)
+    mask = np.where((before >= 0) & (before < 3), 0.0, -np.inf).astype(np.float32)
+    tensor = torch.from_numpy(x)
+    turns = GptOssRotaryEmbedding(theirs)(tensor, torch.from_numpy(positions))
+    with torch.no_grad():
+        want = attention(tensor, turns, torch.from_numpy(mask)[None, None])[0].numpy()
+
+    def local(state, x, positions):
+        return nnx.merge(graphdef, state)(x, positions)[0]
+
+    got = shard_map(local, mesh_of(tensor=2), (specs_of(state), P(), P()), P())(state, x, positions)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_cudnn_is_chosen_only_where_it_serves():
+    attention = AttentionConfig(4, 4, 64)
+    for changes, want in (
+        ({}, "cudnn"),
+        ({"window": 7, "bias": True, "yarn": YARN}, "cudnn"),
+        ({"sinks": True}, None),
+        ({"latent": LatentConfig(16, 32, 64)}, "cudnn"),
+        ({"latent": LatentConfig(16, 32, 32)}, None),
+    ):
+        config = ModelConfig(attention=dataclasses.replace(attention, **changes))
+        assert choose_attention("gpu", config) == want, changes

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from backend_cases import fused_problem, grouped_problem, quantized_problem
 from jax import numpy as jnp
-from kernel_support import ON_GPU, distinct_ids, needs_transposes
+from kernel_support import ON_GPU, activation64, distinct_ids, needs_transposes
 from test_planner import dot_flops
 
 from pallas_kernels.fused_experts import api as fused
+from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.quantized_experts import api as quantized
 
@@ -132,14 +133,45 @@ def test_widths_that_kernels_refuse(rng, operation, width, hidden):
         case.run("mosaic_gpu")
 
 
-@pytest.mark.parametrize("activation", ["geglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["geglu", "swiglu_oai", "gelu", "relu2"])
 @pytest.mark.parametrize("backend", each(fused.BACKENDS))
 def test_activations(rng, activation, backend):
     wide, narrow = (384, 128) if backend == "mosaic_tpu" else (192, 64)
     d_model, hidden = (wide, narrow) if activation == "geglu" else (narrow, wide)
     ids = distinct_ids(rng, 2, 9, 1)
-    case = fused_problem(rng, ids, slots=2, activation=activation, d_model=d_model, hidden=hidden)
+    shapes = {"slots": 2, "d_model": d_model, "hidden": hidden}
+    case = fused_problem(rng, ids, activation=activation, **shapes)
     case.check(case.run(backend))
+    if activation == "swiglu_oai":
+        # Many values beyond the limits. Not the gradients: where a value is kept in bfloat16 its
+        # rounding decides on which side of the limit it is.
+        case = fused_problem(rng, ids, activation=activation, rows=6.0, **shapes)
+        case.check(case.run(backend, gradient=False))
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "float8"])
+@pytest.mark.parametrize("backend", each(quantized.BACKENDS))
+def test_clamped_activation_of_quantized_experts(rng, backend, rows):
+    ids = distinct_ids(rng, 2, 9, 1)
+    settings = {"slots": 2, "activation": "swiglu_oai", "d_model": WIDTH, "hidden": WIDTH}
+    case = quantized_problem(rng, ids, jnp.float8_e4m3fn, rows, **settings)
+    case.check(case.run(backend))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_activations_in_closed_form(rng, name):
+    act = ACTIVATIONS[name]
+    h = (6.0 * rng.normal(size=(act.parts, 400))).astype(np.float32)
+    h[:, :4] = [-300.0, -90.0, 90.0, 300.0]
+    h[0, 4:8] = -20.0
+    ct = rng.normal(size=400).astype(np.float32)
+    value, slopes = activation64(name, h.astype(np.float64))
+    parts = tuple(jnp.asarray(part) for part in h)
+    got, gradients = act.gradients(parts, jnp.asarray(ct))
+    np.testing.assert_array_equal(got, act.value(parts))
+    np.testing.assert_allclose(got, value, rtol=2e-5, atol=1e-6)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(gradient, slope * ct, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("operation", ["grouped_matmul", "fused_experts", "int8", "float8 rows"])

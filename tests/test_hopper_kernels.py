@@ -72,7 +72,8 @@ def test_gather_out_of_range_is_zero(rng):
 
 
 @pytest.mark.parametrize(
-    "d_model,hidden,activation", [(2048, 1408, "swiglu"), (192, 320, "gelu"), (64, 64, "geglu")]
+    "d_model,hidden,activation",
+    [(2048, 1408, "swiglu"), (192, 320, "gelu"), (64, 64, "geglu"), (128, 64, "swiglu_oai")],
 )
 def test_lowering_for_cuda(d_model, hidden, activation):
     """Forward and backward become CUDA programs on a machine without a GPU."""

@@ -141,7 +141,7 @@ def _oracle_of(spec, ct, mask, kept, inputs):
     return dense_moe(spec, weights, inputs["x"], ct, mask, kept)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu2"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "swiglu_oai", "gelu", "relu2"])
 def test_oracle_by_differences(rng, activation):
     """The oracle's hand-written backward, along a random direction of each input."""
     for renormalize in (True, False):

@@ -29,15 +29,19 @@ D = 32
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation(name, rng):
-    projections = 2 if name in ("swiglu", "geglu") else 1
+    projections = 1 if name in ("gelu", "relu2") else 2
+    # Beyond the limits of `swiglu_oai` too, but at none of them.
     h = rng.normal(size=(3, projections, 6)).astype(np.float32)
-    ct = rng.normal(size=(3, 6)).astype(np.float32)
+    h = np.concatenate([h, 6.1 * np.sign(h) + h], axis=-1)
+    h[np.abs(np.abs(h) - 7.0) < 1e-3] = 8.0
+    ct = rng.normal(size=(3, 12)).astype(np.float32)
     y, vjp = jax.vjp(lambda h: apply_activation(h, name), h)
     params = {"h": h.astype(np.float64)}
     np.testing.assert_allclose(y, ACTIVATIONS[name](params["h"]), rtol=1e-5, atol=1e-6)
     direction = {"h": rng.normal(size=h.shape)}
     expected = directional(lambda p: np.sum(ACTIVATIONS[name](p["h"]) * ct), params, direction)
-    assert abs(np.sum(vjp(ct)[0] * direction["h"]) - expected) < 1e-3
+    grad = np.asarray(vjp(ct)[0])
+    assert abs(np.sum(grad * direction["h"]) - expected) < 1e-4 * np.linalg.norm(grad)
     assert apply_activation(jnp.asarray(h, jnp.bfloat16), name).dtype == jnp.bfloat16
 
 

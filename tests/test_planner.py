@@ -7,6 +7,7 @@ import jax
 import pytest
 from planner_support import CASES, assert_columns, run_config
 
+from moejax.config import LatentConfig
 from moejax.errors import UserError
 from moejax.presets import PRESETS
 from moejax.training.config import DataConfig, TrainConfig
@@ -134,11 +135,21 @@ def dot_flops(jaxpr, times: int = 1) -> float:
     return total
 
 
-def test_flops_are_those_of_the_traced_products():
+ATTENTIONS = {
+    "grouped": {},
+    "sinks, biases, windows": {"sinks": True, "bias": True, "output_bias": True, "window": 3},
+    "latent": {"num_kv_heads": 4, "head_dim": 24, "latent": LatentConfig(32, 8, 20, 48)},
+    "latent, queries of the input": {"num_kv_heads": 4, "latent": LatentConfig(32, 8, 12)},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_flops_are_those_of_the_traced_products(name):
     # 16 assignments to 16 experts: no group is padded, so every product counts. In float32, where
     # the router's product is one; for bfloat16 rows it is three, of the same factors' parts.
     config = run_config(
         router={"num_experts": 16},
+        attention=ATTENTIONS[name],
         model={
             "vocab_size": 192,
             "num_layers": 3,
@@ -152,11 +163,40 @@ def test_flops_are_those_of_the_traced_products():
     tokens, dims = 8, 128
     counted = dot_flops(trace_step(one_device(config), config).jaxpr)
     flops = plan(config, MeshShape()).flops
-    scores = flops.step - flops.weights  # the trace has the whole square, not the causal half
+    # The trace has the whole square of logits and values, three times with the backward.
+    attention = config.model.attention
+    width = attention.num_heads * (attention.head_dim + attention.value_dim)
+    square = 3 * 3 * 2 * tokens * width
     of_scores = 2 * 2 * tokens * 2 * dims  # gradients of the experts' weights for each token
-    assert counted == pytest.approx(tokens * (flops.weights + 2 * scores) + of_scores, rel=1e-9)
+    assert counted == pytest.approx(tokens * (flops.weights + square) + of_scores, rel=1e-9)
+    # The model needs what a token sees, its own position counted half.
+    window = attention.window or tokens
+    seen = sum(min(at + 1, window) for at in range(tokens))
+    needed = (flops.step - flops.weights) * tokens / (3 * 3 * 2 * width)
+    assert seen - tokens / 2 <= needed <= seen
     assert flops.forward == pytest.approx(flops.step / 3)
     assert flops.recomputed == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counted_parameters_are_those_of_the_arrays(name):
+    config = CASES[name][1].model
+    params = jax.tree.leaves(Blueprint(config, abstract_mesh(MeshShape())).params)
+    padding = (config.padded_vocab - config.vocab_size) * config.d_model
+    padding *= 1 if config.tie_embeddings else 2
+    assert count_parameters(config).total == sum(a.size for a in params) - padding
+
+
+def test_flops_of_windows_by_layer():
+    def scores(**model):
+        flops = plan(run_config(model={"num_layers": 2, **model}), MeshShape()).flops
+        return flops.step - flops.weights
+
+    whole = scores()
+    assert scores(window_by_layer=(0, 16)) == whole  # as long as the text, and longer
+    assert scores(window_by_layer=(0, 99)) == whole
+    # Of 16 tokens' triangle of 128 a window of 4 leaves 16·4 − 4²/2 = 56.
+    assert scores(window_by_layer=(4, 0)) == pytest.approx(whole * (1 + 56 / 128) / 2)
 
 
 def one_device(config: TrainConfig) -> Blueprint:

@@ -156,6 +156,7 @@ def call(inputs, w_in, w_out, **options):
     [
         ("e4m3", dict(slots=3, tokens=40, copies=2, d_model=128, hidden=256, parts=2), "geglu"),
         ("e4m3", dict(slots=2, tokens=3, copies=1, d_model=128, hidden=128, parts=1), "relu2"),
+        ("e4m3", dict(slots=2, tokens=9, copies=2, d_model=128, hidden=128, parts=2), "swiglu_oai"),
     ],
 )
 def test_few_rows(rng, name, shapes, activation):
@@ -265,7 +266,7 @@ def abstract(slots, tokens, copies, d_model, hidden, parts, dtype):
 @pytest.mark.parametrize(
     "shapes,activation",
     [((8, 1, 2, 4096, 14336, 2), "swiglu"), ((128, 256, 8, 2048, 768, 2), "swiglu")]
-    + [((4, 2048, 2, 256, 384, 1), "gelu")],
+    + [((4, 2048, 2, 256, 384, 1), "gelu"), ((4, 64, 2, 256, 128, 2), "swiglu_oai")],
 )
 def test_lowering_for_cuda(name, shapes, activation):
     def function(*args):
@@ -297,7 +298,7 @@ def test_explanations():
     ):
         assert reason in api.refusal("mosaic_gpu", case(**changes), forced=True)
     assert api.refusal("mosaic_gpu", case(), forced=True) is None
-    assert sorted(ACTIVATIONS) == ["geglu", "gelu", "relu2", "swiglu"]
+    assert sorted(ACTIVATIONS) == ["geglu", "gelu", "relu2", "swiglu", "swiglu_oai"]
 
 
 def test_gradients_are_refused(rng):

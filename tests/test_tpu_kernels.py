@@ -257,6 +257,7 @@ PROGRAMS = pytest.mark.parametrize(
         (2048, 1408, "swiglu", jnp.bfloat16),
         (256, 384, "gelu", jnp.bfloat16),
         (128, 128, "geglu", jnp.float32),
+        (128, 256, "swiglu_oai", jnp.bfloat16),
     ],
 )
 NAMES = (

@@ -5,8 +5,6 @@ Shape letters: N query heads, M key-value heads, L positions of the cache; all h
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import jax
 from flax import nnx
 from jax import numpy as jnp
@@ -14,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.model.cache import LayerCache
+from moejax.model.cached_attention import append, attend_cached
+from moejax.model.dot_attention import Implementation, attend
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.norm import rms_normalize, rms_normalize_heads
 from moejax.model.rope import rotate
@@ -23,30 +23,31 @@ from sharding.mesh import TENSOR
 
 __all__ = ["Attention", "Implementation", "choose_attention"]
 
-Implementation = Literal["xla", "cudnn"] | None
-
 
 def choose_attention(
     platform: str, config: ModelConfig, *, deterministic: bool = False
 ) -> Implementation:
     """The implementation of `jax.nn.dot_product_attention` for training on a platform.
 
-    cuDNN's flash attention takes 16-bit types and heads of at most 128 in multiples of 8; XLA's
-    serves everything, at the price of the S × S scores. Under XLA's deterministic operations a
+    cuDNN's flash attention takes 16-bit types and heads of at most 128 in multiples of 8, with or
+    without a window; XLA's serves these all, at the price of the S × S scores. Sinks, and values of
+    another width than keys, neither serves: see `attend`. Under XLA's deterministic operations a
     program with cuDNN's backward does not compile (jax 0.11.2: IndexError in raw_hash_map::at).
     """
     if deterministic:
         return "xla"
     cudnn = platform in ("gpu", "cuda") and config.compute_dtype == "bfloat16"
-    head_dim = config.attention.head_dim
-    return "cudnn" if cudnn and head_dim % 8 == 0 and head_dim <= 128 else None
+    attention, head_dim = config.attention, config.attention.head_dim
+    plain = not attention.sinks and attention.value_dim == head_dim
+    return "cudnn" if cudnn and plain and head_dim % 8 == 0 and head_dim <= 128 else None
 
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions.
 
     Parameters: w_q [D, N, h], w_k and w_v [D, M, h], w_o [N, h, D]; with `qk_norm="head"` the
-    scales q_scale and k_scale [h], with `"full"` [N, h] and [M, h].
+    scales q_scale and k_scale [h], with `"full"` [N, h] and [M, h]; with `bias` b_q [N, h], b_k
+    and b_v [M, h]; with `output_bias` b_o [D]; with `sinks` the logits sinks [N], float32.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
 
         Args:
             d_model: width D of input and output.
-            config: heads, rotary base, normalisation of q and k.
+            config: heads, positions, normalisation of q and k, biases, sinks, window; not latent.
             norm_eps: added to mean squares when q and k are normalised.
             output_std: standard deviation of w_o.
             implementation: passed to `jax.nn.dot_product_attention`; None lets it choose.
@@ -80,6 +81,11 @@ class Attention(nnx.Module):
         self.w_o = make_normal(rngs, (n, h, d_model), P(TENSOR, None, None), output_std)
         self.q_scale = _norm_scale(config, n)
         self.k_scale = _norm_scale(config, m)
+        self.b_q = _bias((n, h), P(TENSOR, None), config.bias)
+        self.b_k = _bias((m, h), P(TENSOR, None), config.bias)
+        self.b_v = _bias((m, h), P(TENSOR, None), config.bias)
+        self.b_o = _bias((d_model,), P(None), config.output_bias)
+        self.sinks = make_constant((n,), P(TENSOR), 0.0, float32=True) if config.sinks else None
 
     def __call__(
         self,
@@ -88,6 +94,7 @@ class Attention(nnx.Module):
         *,
         cache: LayerCache | None = None,
         lengths_B: jax.Array | None = None,
+        tables_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends causally, inside the shard_map.
 
@@ -97,41 +104,59 @@ class Attention(nnx.Module):
             cache: keys and values so far. The S new ones are written behind them, and row b's
                 token s attends to the cache up to and including itself.
             lengths_B: int32 [B] filled positions of the cache; required with it.
+            tables_BN: int32 [B, N], the cache's pages, see `KVCache`; likewise.
 
         Returns:
             [B, S, D] in x's dtype, and the cache with the new positions, or None.
         """
-        dtype, precision = x_BSD.dtype, precision_of(x_BSD.dtype)
+        dtype, precision, config = x_BSD.dtype, precision_of(x_BSD.dtype), self.config
         x_BSD = enter_parallel(x_BSD, TENSOR)
-        q_BSNh, k_BSMh, v_BSMh = (
-            jnp.einsum("BSD,DNh->BSNh", x_BSD, w[...].astype(dtype), precision=precision)
-            for w in (self.w_q, self.w_k, self.w_v)
-        )
-        q_BSNh = rotate(self._norm(q_BSNh, self.q_scale), positions_BS, self.config.rope_theta)
-        k_BSMh = rotate(self._norm(k_BSMh, self.k_scale), positions_BS, self.config.rope_theta)
+
+        def project(w: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+            y_BSNh = jnp.einsum("BSD,DNh->BSNh", x_BSD, w[...].astype(dtype), precision=precision)
+            return y_BSNh if bias is None else y_BSNh + bias[...].astype(dtype)
+
+        def place(x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:
+            return rotate(
+                self._norm(x_BSNh, scale),
+                positions_BS,
+                config.rope_theta,
+                interleaved=config.rope_interleaved,
+                yarn=config.yarn,
+            )
+
+        q_BSNh = place(project(self.w_q, self.b_q), self.q_scale)
+        k_BSMh = place(project(self.w_k, self.b_k), self.k_scale)
+        v_BSMh = project(self.w_v, self.b_v)
+        sinks_N = None if self.sinks is None else self.sinks[...]
         if cache is None:
-            y_BSNh = self._attend(q_BSNh, k_BSMh, v_BSMh, is_causal=True)
+            y_BSNh = attend(
+                q_BSNh,
+                k_BSMh,
+                v_BSMh,
+                scale=config.scale,
+                window=config.window,
+                sinks_N=sinks_N,
+                implementation=self.implementation,
+            )
         else:
-            assert lengths_B is not None
+            assert lengths_B is not None and tables_BN is not None
             at_BS = lengths_B[:, None] + jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
-            cache = _write(cache, k_BSMh, v_BSMh, at_BS)
-            filled_L = jnp.arange(cache.k_BLMh.shape[1], dtype=jnp.int32)
-            mask_BNSL = (filled_L <= at_BS[..., None])[:, None]
-            k_BLMh, v_BLMh = (a.astype(q_BSNh.dtype) for a in (cache.k_BLMh, cache.v_BLMh))
-            y_BSNh = self._attend(q_BSNh, k_BLMh, v_BLMh, mask=mask_BNSL)
+            cache = append(cache, k_BSMh, v_BSMh, at_BS, tables_BN)
+            y_BSNh = attend_cached(
+                q_BSNh,
+                cache,
+                at_BS,
+                tables_BN,
+                scale=config.scale,
+                window=config.window,
+                sinks_N=sinks_N,
+                implementation=self.implementation,
+            )
         w_NhD = self.w_o[...].astype(dtype)
         y_BSD = jnp.einsum("BSNh,NhD->BSD", y_BSNh, w_NhD, precision=precision)
-        return exit_parallel(y_BSD, TENSOR), cache
-
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, **mask: Any) -> jax.Array:
-        # JAX's own function mixes dtypes on its way to a float32 softmax, and takes no precision;
-        # the context is read where its products are traced, and their transposes keep it.
-        precision = precision_of(q.dtype).name.lower()
-        with (
-            jax.numpy_dtype_promotion("standard"),
-            jax.default_matmul_precision(precision),
-        ):
-            return jax.nn.dot_product_attention(q, k, v, implementation=self.implementation, **mask)
+        y_BSD = exit_parallel(y_BSD, TENSOR)
+        return y_BSD if self.b_o is None else y_BSD + self.b_o[...].astype(dtype), cache
 
     def _norm(self, x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:
         if scale is None:
@@ -150,11 +175,5 @@ def _norm_scale(config: AttentionConfig, heads: int) -> nnx.Param | None:
     return make_constant((heads, config.head_dim), P(TENSOR, None), 1.0, float32=True)
 
 
-def _write(cache: LayerCache, k_BSMh: jax.Array, v_BSMh: jax.Array, at_BS: jax.Array) -> LayerCache:
-    rows = jnp.arange(at_BS.shape[0], dtype=jnp.int32)[:, None]
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        # `drop`, because the default clamp would overwrite the last position of a full row.
-        return old.at[rows, at_BS].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-
-    return LayerCache(put(cache.k_BLMh, k_BSMh), put(cache.v_BLMh, v_BSMh))
+def _bias(shape: tuple[int, ...], spec: P, present: bool) -> nnx.Param | None:
+    return make_constant(shape, spec, 0.0) if present else None

@@ -13,6 +13,7 @@ from moejax.layer import MoELayer
 from moejax.model.attention import Attention, Implementation
 from moejax.model.cache import LayerCache
 from moejax.model.initializers import residual_std
+from moejax.model.latent_attention import LatentAttention
 from moejax.model.mlp import DenseMLP
 from moejax.model.norm import RMSNorm
 
@@ -48,7 +49,8 @@ class Block(nnx.Module):
         """
         std = residual_std(num_layers)
         self.attention_norm = RMSNorm(layer.d_model, layer.norm_eps)
-        self.attention = Attention(
+        attention = Attention if layer.attention.latent is None else LatentAttention
+        self.attention = attention(
             layer.d_model,
             layer.attention,
             norm_eps=layer.norm_eps,
@@ -84,6 +86,7 @@ class Block(nnx.Module):
         token_mask_BS: jax.Array | None = None,
         cache: LayerCache | None = None,
         lengths_B: jax.Array | None = None,
+        tables_BN: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux | None, LayerCache | None]:
         """Runs the layer inside the shard_map.
 
@@ -92,14 +95,19 @@ class Block(nnx.Module):
             positions_BS: int32 [B, S].
             placement: of this layer's experts; None for the contiguous one.
             token_mask_BS: bool [B, S], False for padding, which no expert sees.
-            cache: this layer's keys and values, with `lengths_B` int32 [B] of them filled.
-            lengths_B: see `cache`.
+            cache: this layer's keys and values.
+            lengths_B: int32 [B], positions of a row that are filled; required with the cache.
+            tables_BN: int32 [B, N], its pages, see `KVCache`; likewise.
 
         Returns:
             [B, S, D], the experts' statistics (None for a dense layer), the new cache or None.
         """
         y_BSD, cache = self.attention(
-            self.attention_norm(x_BSD), positions_BS, cache=cache, lengths_B=lengths_B
+            self.attention_norm(x_BSD),
+            positions_BS,
+            cache=cache,
+            lengths_B=lengths_B,
+            tables_BN=tables_BN,
         )
         x_BSD = x_BSD + y_BSD
         y_TD = self.mlp_norm(x_BSD).reshape(-1, x_BSD.shape[-1])

@@ -16,6 +16,7 @@ from moejax.errors import UserError
 from moejax.model.attention import Implementation
 from moejax.model.block import Block
 from moejax.model.cache import KVCache, LayerCache
+from moejax.model.cached_attention import flatten_layers, layer_tables
 from moejax.model.embedding import Embedding, Head, vocabulary_logits
 from moejax.model.groups import LayerGroup, layer_groups, stack_states
 from moejax.model.loss import hidden_nll
@@ -52,16 +53,14 @@ def check_mesh(config: ModelConfig, mesh_shape: MeshShape) -> None:
         UserError: naming the axis, the width and the remedy.
     """
     tensor, attention, layers = mesh_shape.tensor, config.attention, config.layers()
-    if tensor > attention.num_kv_heads:
+    if attention.latent is None and tensor > attention.num_kv_heads:
         raise UserError(
             f"mesh tensor={tensor} with num_kv_heads={attention.num_kv_heads}: every device along "
             "tensor needs a key-value head of its own; shrink the tensor axis"
         )
-    widths = {
-        "num_heads": attention.num_heads,
-        "num_kv_heads": attention.num_kv_heads,
-        "padded_vocab": config.padded_vocab,
-    }
+    widths = {"num_heads": attention.num_heads, "padded_vocab": config.padded_vocab}
+    if attention.latent is None:
+        widths["num_kv_heads"] = attention.num_kv_heads
     if any(layer.dense for layer in layers):
         widths["dense_hidden"] = config.dense_hidden
     if any(layer.moe for layer in layers):
@@ -159,7 +158,8 @@ class Decoder(nnx.Module):
             placement: of the experts, each array stacked [L_moe, ...]; None for contiguous.
             token_mask_BS: bool [B, S], False for padding, which no expert sees. With a cache the
                 real tokens of a row come first, and only they count as filled afterwards.
-            cache: continue these texts, writing the new keys and values behind the old.
+            cache: continue these texts, writing the new keys and values behind the old, into the
+                pages of the rows' tables.
             inference: no gradient will be asked for, so nothing is kept for one.
 
         Returns:
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
                 if token_mask_BS is None
                 else jnp.sum(token_mask_BS, axis=1, dtype=jnp.int32)
             )
-            cache = KVCache(caches, cache.lengths_B + new)
+            cache = KVCache(caches, cache.lengths_B + new, cache.tables_BN)
         aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
         return DecoderOutput(self.final_norm(x_BSD), aux, cache)
 
@@ -208,38 +208,40 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Any, LayerCache | None]:
         # Runs one group; `placement` and the returned statistics are stacked [group.size, ...].
         graphdef, states = nnx.split(self.layers[group.name])
+
         lengths_B = None if cache is None else cache.lengths_B
+        training = cache is None and not inference
+        # Equal layers that are not scanned are traced once: with kernels that takes seconds each.
+        apply = _apply if training or group.scanned else _apply_traced_once
 
-        def layer(state, x, placement, layer_cache):
-            return nnx.merge(graphdef, state)(
-                x,
-                positions_BS,
-                placement,
-                token_mask_BS=token_mask_BS,
-                cache=layer_cache,
-                lengths_B=lengths_B,
-            )
+        def layer(state, x, placement, layer_cache, tables_BN):
+            rest = positions_BS, placement, token_mask_BS, layer_cache, lengths_B, tables_BN
+            return apply(graphdef, state, x, *rest)
 
-        if cache is None and not inference:
+        if training:
             layer = self._remat(layer, scanned=group.scanned)
-        layer_cache = None if cache is None else cache.layers[group.name]
+        stored = None if cache is None else cache.layers[group.name]
+        tables_BN = None if cache is None else cache.tables_BN
         if not group.scanned:
-            x_BSD, aux, layer_cache = layer(states, x_BSD, _pick(placement, 0), layer_cache)
-            return x_BSD, jax.tree.map(lambda a: a[None], aux), layer_cache
+            x_BSD, aux, new = layer(states, x_BSD, _pick(placement, 0), stored, tables_BN)
+            return x_BSD, jax.tree.map(lambda a: a[None], aux), new
 
-        # The cache is carried, not scanned over: so it is updated in place, not copied.
+        # The pages of all layers are one carried store, not scanned over: so they are written in
+        # place, not copied.
         def step(carry, xs):
-            x, stacked = carry
+            x, pages = carry
             index, state, placement = xs
-            x, aux, new = layer(state, x, placement, _pick(stacked, index))
-            stacked = jax.tree.map(
-                lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, index, 0), stacked, new
-            )
-            return (x, stacked), aux
+            tables = None
+            if stored is not None:
+                assert tables_BN is not None
+                tables = layer_tables(tables_BN, index, stored.k_MPLh.shape[-3])
+            x, aux, pages = layer(state, x, placement, pages, tables)
+            return (x, pages), aux
 
         xs = (jnp.arange(group.size, dtype=jnp.int32), states, placement)
-        (x_BSD, layer_cache), aux = lax.scan(step, (x_BSD, layer_cache), xs)
-        return x_BSD, aux, layer_cache
+        pages = None if stored is None else flatten_layers(stored)
+        (x_BSD, pages), aux = lax.scan(step, (x_BSD, pages), xs)
+        return x_BSD, aux, jax.tree.map(lambda new, old: new.reshape(old.shape), pages, stored)
 
     def _remat(self, layer: Any, *, scanned: bool) -> Any:
         if self.config.remat == "none":
@@ -273,6 +275,31 @@ class Decoder(nnx.Module):
             vocab_size=self.config.vocab_size,
             chunk=chunk,
         )
+
+
+def _apply(
+    graphdef: nnx.GraphDef[Block],
+    state: nnx.State,
+    x_BSD: jax.Array,
+    positions_BS: jax.Array,
+    placement: Placement | None,
+    token_mask_BS: jax.Array | None,
+    cache: LayerCache | None,
+    lengths_B: jax.Array | None,
+    tables_BN: jax.Array | None,
+) -> tuple[jax.Array, MoEAux | None, LayerCache | None]:
+    return nnx.merge(graphdef, state)(
+        x_BSD,
+        positions_BS,
+        placement,
+        token_mask_BS=token_mask_BS,
+        cache=cache,
+        lengths_B=lengths_B,
+        tables_BN=tables_BN,
+    )
+
+
+_apply_traced_once = jax.jit(_apply, static_argnums=0)
 
 
 def _stack(blocks: list[Block]) -> Block:

@@ -15,6 +15,7 @@ __all__ = ["ACTIVATIONS", "Activation", "activate"]
 
 _SQRT_2_OVER_PI = 0.7978845608028654
 _CUBIC = 0.044715
+_LIMIT, _ALPHA = 7.0, 1.702
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,29 @@ def _gated(function: Callable[[Any], tuple[Any, Any]]) -> Activation:
     return Activation(2, lambda parts: function(parts[0])[0] * parts[1], gradients)
 
 
+def _clamped(parts: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    """σ(1.702·gate), gate·σ and value + 1 of gpt-oss's gate of at most 7 and value within ±7."""
+    gate = jnp.minimum(parts[0], _LIMIT)
+    s = _sigmoid(_ALPHA * gate)
+    return s, gate * s, jnp.maximum(jnp.minimum(parts[1], _LIMIT), -_LIMIT) + 1.0
+
+
+def _clamped_value(parts: tuple[Any, ...]) -> Any:
+    _, gated, value = _clamped(parts)
+    return gated * value
+
+
+def _clamped_gradients(parts: tuple[Any, ...], ct: Any) -> tuple[Any, tuple[Any, ...]]:
+    s, gated, value = _clamped(parts)
+    slope = s + _ALPHA * gated * (1.0 - s)
+    gate_ct = jnp.where(parts[0] <= _LIMIT, ct * value * slope, 0.0)
+    return gated * value, (gate_ct, jnp.where(jnp.abs(parts[1]) <= _LIMIT, ct * gated, 0.0))
+
+
 ACTIVATIONS = {
     "swiglu": _gated(_silu),
     "geglu": _gated(_gelu),
+    "swiglu_oai": Activation(2, _clamped_value, _clamped_gradients),  # arXiv 2508.10925
     "gelu": _plain(_gelu),
     "relu2": _plain(_relu2),
 }

@@ -263,7 +263,7 @@ def fused_experts(
         place_RJ: the place of each assignment; A for none.
         copy_A: the flat assignment r·J + j of each place; R·J for none, after a slot's others.
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
-        activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        activation: `swiglu`, `geglu`, `swiglu_oai`, `gelu` or `relu2`.
         b_in_SNH, b_out_SD: biases in x's dtype, or None; the kernels take none.
         assignments: the most that have a place, which bounds work and memory: were there more, some
             would be lost without a word. None: R·J.

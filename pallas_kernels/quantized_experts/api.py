@@ -174,7 +174,7 @@ def quantized_experts(
         place_RJ: the place of each assignment; A for none.
         copy_A: the flat assignment r·J + j of each place; R·J for none.
         sizes_S: places of each slot, multiples of `ROW_ALIGNMENT` for the kernels.
-        activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        activation: `swiglu`, `geglu`, `swiglu_oai`, `gelu` or `relu2`.
         rows: what rows and hidden activations are multiplied as. `bfloat16`, or x's own dtype where
             no kernel serves, is exact but for the weights' quantization; `float8` quantizes them,
             too, by blocks of 128 (e4m3).

@@ -224,7 +224,7 @@ def fp8_experts(
         place_RJ: int32, the place of each assignment; A for none.
         copy_A: int32, the flat assignment r·J + j of each place; R·J for none.
         sizes_S: int32, places of each slot, multiples of `ROWS` (128).
-        activation: `swiglu`, `geglu`, `gelu` or `relu2`.
+        activation: `swiglu`, `geglu`, `swiglu_oai`, `gelu` or `relu2`.
 
     Returns:
         [R, D'] in x's dtype, summed in float32 and rounded once.

@@ -1,0 +1,1 @@
+"""Attention of one new token a text to the pages of a key-value cache."""
