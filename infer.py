@@ -1,44 +1,56 @@
-"""Continues text with a trained Mixture-of-Experts language model.
+"""Runs a trained Mixture-of-Experts language model.
 
 python infer.py -p "def "                      the model that comes with the package
 python infer.py --model runs/NAME -p "def "    the newest checkpoint of a run
 python infer.py                                asks for one text after the other
+python infer.py MODE --help                    chat, serve, batch, bench or routes
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from moejax.cli import parse, run_main
 from moejax.errors import UserError
+from moejax.serving.flags import EngineFlags
 
 if TYPE_CHECKING:
-    from moejax.config import ModelConfig
     from moejax.inference.source import ModelSource
-    from sharding.mesh import MeshShape
+    from moejax.serving.loop import EngineLoop
 
-_DESCRIPTION = "Continues text with a trained Mixture-of-Experts language model."
+_MODES = {
+    "chat": ("chat_mode", "ChatConfig", "a conversation"),
+    "serve": ("serve", "ServeConfig", "an OpenAI-like HTTP server"),
+    "batch": ("batch", "BatchConfig", "answers a file of requests"),
+    "bench": ("bench", "BenchConfig", "speed at several loads"),
+    "routes": ("routes", "RoutesConfig", "which experts a text uses"),
+}
+_DESCRIPTION = "\n".join(
+    [
+        "Continues texts with a trained Mixture-of-Experts language model. A first word picks",
+        "another mode; infer.py MODE --help tells its flags:",
+        "",
+        *(f"  {mode:<8}{told}" for mode, (_, _, told) in _MODES.items()),
+    ]
+)
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 Prompts = Annotated[Repeated, tyro.conf.arg(aliases=["-p"], metavar="TEXT")]
 
 
 @dataclass(frozen=True)
-class InferConfig:
+class InferConfig(EngineFlags):
     """What to continue, and how.
 
     Attributes:
         prompt: beginning of a text; `-` reads standard input; several are continued together.
-        model: run directory or model folder; the packaged model if not given.
-        mesh: such as data=2,expert=4,tensor=1; `auto` lays the experts over all devices.
-        devices: number of fake devices on a CPU; 0: as many as the mesh needs.
         max_tokens: most tokens of a continuation.
         temperature: of the probabilities; 0 takes the most probable token, always.
         top_k: draw from this many most probable tokens; 0: all.
@@ -46,13 +58,9 @@ class InferConfig:
         min_p: draw from tokens at least this times as probable as the most probable.
         seed: of the random numbers.
         stop: end a text before this string.
-        dtype: of the computation; `auto` is float32 on a CPU and the model's own elsewhere.
     """
 
     prompt: Prompts = ()
-    model: str = ""
-    mesh: str = "auto"
-    devices: int = 0
     max_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
@@ -60,18 +68,30 @@ class InferConfig:
     min_p: float = 0.0
     seed: int = 0
     stop: Repeated = ()
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.devices < 0:
-            raise UserError(f"--devices {self.devices}: must be 0 (as needed) or more")
+        super().__post_init__()
         if self.max_tokens < 1:
             raise UserError(f"--max-tokens {self.max_tokens}: must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The script; returns the exit code."""
-    return run_main(lambda: infer(parse(InferConfig(), argv, "infer.py", _DESCRIPTION)))
+    return run_main(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int | None:
+    if not argv or argv[0].startswith("-"):
+        infer(parse(InferConfig(), argv, "infer.py", _DESCRIPTION))
+        return 0
+    if argv[0] not in _MODES:
+        raise UserError(
+            f"{argv[0]!r}: no such mode; there are {', '.join(_MODES)}; -p TEXT continues a text"
+        )
+    name, config, _ = _MODES[argv[0]]
+    module = importlib.import_module(f"moejax.serving.{name}")
+    default = getattr(module, config)()
+    return module.main(parse(default, argv[1:], f"infer.py {argv[0]}", module.DESCRIPTION))
 
 
 def infer(config: InferConfig) -> None:
@@ -81,93 +101,59 @@ def infer(config: InferConfig) -> None:
         UserError: whatever a user can mend.
     """
     from moejax.inference.console import Printer, interact, read_prompts
-    from moejax.inference.sampling import SamplingConfig
+    from moejax.inference.params import SamplingParams
     from moejax.inference.source import open_model
-    from moejax.inference.text import complete
+    from moejax.serving.plain import continue_together
+    from moejax.serving.text_model import TextModel
 
-    sampling = SamplingConfig(
-        config.temperature, config.top_k, config.top_p, config.min_p, config.seed
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        seed=config.seed,
+        stop=config.stop,
+        max_tokens=config.max_tokens,
     )
     source = open_model(config.model or None)
-    shape = start_devices(config, source.config)
+    model = TextModel.open(source, chats=False)
     prompts = read_prompts(config.prompt)
-    keep_compiled_programs()
-    generator = load(source, shape, config.dtype)
+    with load(source, config, len(prompts)) as loop:
 
-    def continue_texts(prompts: Sequence[str]) -> None:
-        printer = Printer(prompts)
-        completions = complete(
-            generator,
-            source.tokenizer,
-            prompts,
-            sampling=sampling,
-            max_tokens=config.max_tokens,
-            stop=config.stop,
-            on_text=printer.on_text,
-        )
-        printer.finish(completions)
+        def continue_texts(prompts: Sequence[str]) -> None:
+            printer = Printer(prompts)
+            found = continue_together(model, loop, prompts, params, printer.on_text)
+            printer.finish(found)
 
-    if prompts:
-        continue_texts(prompts)
-    else:
-        interact(continue_texts)
+        if prompts:
+            continue_texts(prompts)
+        else:
+            interact(continue_texts)
 
 
-def start_devices(config: InferConfig, model: ModelConfig) -> MeshShape:
-    """The mesh that the flags name, after making the (fake) devices it needs.
-
-    Raises:
-        UserError: the text names no mesh.
-    """
-    import jax
-
-    from sharding.mesh import MeshShape
-
-    named = None if config.mesh == "auto" else MeshShape.parse(config.mesh)
-    wanted = config.devices or (named.size if named else 1)
-    # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", wanted)
-    if named is not None:
-        return named
-    return MeshShape(expert=min(len(jax.devices()), model.moe.router.num_experts))
-
-
-def load(source: ModelSource, shape: MeshShape, dtype: str) -> Any:
-    """The model on the mesh, ready to generate.
+@contextlib.contextmanager
+def load(source: ModelSource, config: InferConfig, prompts: int) -> Iterator[EngineLoop]:
+    """The model on the mesh, ready for so many prompts at once.
 
     Raises:
         UserError: the mesh does not fit, or the weights are damaged or of another model.
     """
-    import jax.numpy as jnp
+    from moejax.serving.loop import EngineLoop
+    from moejax.serving.start import make_engine
 
-    from moejax.inference.generate import Generator
-    from moejax.training.state import Blueprint, load_weights
-    from sharding.mesh import make_mesh
-
-    mesh = make_mesh(shape)
-    model = source.config
-    if dtype == "auto":
-        # Few CPUs multiply bfloat16 any faster.
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else model.compute_dtype
-    chosen: Any = dtype
-    blueprint = Blueprint(dataclasses.replace(model, compute_dtype=chosen), mesh)
-    weights = load_weights(source.weights(blueprint), blueprint, jnp.dtype(dtype))
-    return Generator(blueprint, *weights, num_ids=source.tokenizer.vocab_size)
-
-
-def keep_compiled_programs() -> None:
-    """Keeps compiled programs in the user's cache, so that the next start is quick."""
-    import jax
-
-    folder = Path.home() / ".cache" / "moejax" / "programs"
+    settings = dataclasses.replace(
+        config.engine_settings(),
+        max_rows=min(config.max_rows, max(prompts, 1)),
+        max_waiting=max(config.max_waiting, prompts),
+        # The same prompt gives the same bits, whatever came before.
+        prefix_reuse=False,
+    )
+    engine = make_engine(source, config, settings)
+    loop = EngineLoop(engine, source.need_tokenizer()).start()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-    except (OSError, RuntimeError):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        yield loop
+    finally:
+        loop.stop()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The script: what it prints, exit codes, and one line for every mistake."""
 
+import contextlib
 import io
 import os
 import re
@@ -24,6 +25,7 @@ from moejax.inference.model_folder import save_model_folder
 from moejax.inference.sampling import SamplingConfig
 from moejax.inference.source import open_model
 from moejax.inference.text import Completion, complete
+from moejax.serving import start
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import DataConfig, TrainConfig
 from moejax.training.rundir import RunDir
@@ -54,11 +56,18 @@ def generator(flat):
     return make_generator(CONFIG, flat)
 
 
+@pytest.fixture(scope="module")
+def loop(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "keep_compiled_programs", lambda: None)
+        with infer.load(open_model(folder), infer.InferConfig(mesh="1x1x1"), 3) as loop:
+            yield loop
+
+
 @pytest.fixture
-def script(monkeypatch, generator, capsys):
+def script(monkeypatch, loop, capsys):
     """Runs the script on a model loaded once: flags → exit code, stdout, lines of stderr."""
-    monkeypatch.setattr(infer, "load", lambda *_: generator)
-    monkeypatch.setattr(infer, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(infer, "load", lambda *_: contextlib.nullcontext(loop))
 
     def run(*argv, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -176,7 +185,7 @@ def test_texts_of_a_batch_come_in_order(capsys):
 
 def test_the_newest_checkpoint_of_a_run(tmp_path, rng, capsys, monkeypatch):
     """Saved on eight devices with optimizer state, read on one without; torn files passed over."""
-    monkeypatch.setattr(infer, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(start, "keep_compiled_programs", lambda: None)
     steps = {step: random_weights(CONFIG, rng) for step in (5, 10, 15)}
     write_run(tmp_path / "run", steps)
     blueprint = Blueprint(CONFIG, make_mesh(MeshShape(2, 2, 2)))
@@ -241,15 +250,14 @@ def test_the_packaged_model_is_the_default(folder, monkeypatch, tmp_path, script
     [
         (["--temprature", "1"], "--temprature: no such flag; the closest is --temperature"),
         (["--top-k", "x"], "--top-k"),
-        (["--top-k", "-1"], "top_k=-1"),
+        (["--top-k", "-2"], "top_k=-2"),
         (["--top-p", "2"], "top_p=2.0"),
         (["--min-p", "-1"], "min_p=-1.0"),
-        (["--seed", "-1"], "seed=-1"),
+        (["--seed", str(2**64)], f"seed={2**64}"),
         (["--temperature", "nan"], "temperature=nan"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--devices", "-2"], "--devices -2"),
-        (["--stop", ""], "empty stop string"),
-        (["--mesh", "foo"], "mesh 'foo': write data=2,expert=4,tensor=1"),
+        (["--stop", ""], "none empty"),
         (["--model", "/no/such/place"], "/no/such/place: nothing there"),
         (["--model", __file__], "a file"),
         (["--model", str(ROOT / "tests")], "no config.json there"),
@@ -273,15 +281,16 @@ def test_mistakes_are_told_in_one_line(argv, told, script, folder):
     [
         (["--mesh", "data=16"], "needs 16 devices and there are 8"),
         (["--mesh", "tensor=4"], "num_kv_heads=2"),
+        (["--mesh", "foo"], "mesh 'foo': write data=2,expert=4,tensor=1"),
         (["--mesh", "8x1x1"], None),
     ],
 )
 def test_meshes(argv, told, folder, monkeypatch, capsys):
-    monkeypatch.setattr(infer, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(start, "keep_compiled_programs", lambda: None)
     if told is None:
-        shape = infer.start_devices(infer.InferConfig(mesh=argv[1]), CONFIG)
+        shape = start.start_devices(infer.InferConfig(mesh=argv[1]), CONFIG)
         assert shape == MeshShape(8, 1, 1)
-        assert infer.start_devices(infer.InferConfig(), CONFIG) == MeshShape(1, 8, 1)
+        assert start.start_devices(infer.InferConfig(), CONFIG) == MeshShape(1, 8, 1)
         return
     assert infer.main(["--model", str(folder), "-p", "x", *argv]) == 2
     assert told in capsys.readouterr().err
@@ -290,9 +299,9 @@ def test_meshes(argv, told, folder, monkeypatch, capsys):
 def test_dtype(folder, flat):
     model = open_model(folder)
     for dtype, expected_dtype in [("auto", "float32"), ("bfloat16", "bfloat16")]:
-        generator = infer.load(model, MeshShape(1, 2, 1), dtype)
-        assert generator.blueprint.config.compute_dtype == expected_dtype
-        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(generator._weights[0])}
+        blueprint, params, _ = start.load_model(model, MeshShape(1, 2, 1), dtype)
+        assert blueprint.config.compute_dtype == expected_dtype
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
         assert dtypes == {"float32", expected_dtype}
 
 
@@ -307,7 +316,7 @@ def test_load_weights_keeps_router_and_norms_in_float32(folder):
 # --- as a program of its own ------------------------------------------------------------------
 
 
-def start(home, *argv):
+def run_program(home, *argv):
     environment = {**os.environ, "HOME": str(home), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "infer.py", *map(str, argv)],
@@ -324,13 +333,14 @@ def start(home, *argv):
 def test_the_program(tmp_path, folder, generator):
     """On four fake devices; the second start finds its programs compiled."""
     argv = ("--model", folder, "-p", "def ", "--mesh", "expert=2,tensor=2", "--max-tokens", 6)
-    for start_number in (1, 2):
-        done = start(tmp_path, *argv)
+    kept = []
+    for _ in range(2):
+        done = run_program(tmp_path, *argv)
         assert done.returncode == 0, done.stderr
         assert done.stdout == expected(generator, ["def "])[0] + "\n"
         assert re.fullmatch(SPEED, done.stderr.strip()), done.stderr
-        kept = list((tmp_path / ".cache/moejax/programs").glob("jit_decode*-cache"))
-        assert len(kept) == 1, start_number
+        kept.append(sorted((tmp_path / ".cache/moejax/programs").glob("jit_step*-cache")))
+    assert kept[0] and kept[0] == kept[1]
 
 
 def test_the_program_tells_mistakes_without_a_traceback(tmp_path, folder):
@@ -338,6 +348,6 @@ def test_the_program_tells_mistakes_without_a_traceback(tmp_path, folder):
     shutil.copytree(folder, broken)
     file = min(broken.glob("*.safetensors"))
     os.truncate(file, 1000)
-    done = start(tmp_path, "--model", broken, "-p", "x")
+    done = run_program(tmp_path, "--model", broken, "-p", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .*model-00001.*damaged.*\n", done.stderr)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from moejax.data.corpus import Document
+from moejax.data.special_tokens import SpecialTokens
 from moejax.data.token_bytes import ByteRule, TokenBytes, read_byte_rule
 from moejax.errors import UserError
 
@@ -128,6 +130,11 @@ class Tokenizer:
             np.concatenate([np.array(next(encodings).ids, np.int32) for _ in text])
             for text in pieces
         ]
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        """The special tokens, and encoding of text that may spell them."""
+        return SpecialTokens(self, self._model, self._model_json)
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that token ids spell; the end-of-document id spells none.

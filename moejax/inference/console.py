@@ -12,7 +12,8 @@ from moejax.inference.text import Completion
 
 __all__ = ["Printer", "interact", "read_prompts"]
 
-Continue = Callable[[Sequence[str]], None]
+Continue = Callable[[Sequence[str]], bool | None]
+_GREETING = "Type the beginning of a text. Ctrl-C ends a text, Ctrl-D quits."
 
 
 def read_prompts(flags: Sequence[str]) -> list[str]:
@@ -26,23 +27,25 @@ def read_prompts(flags: Sequence[str]) -> list[str]:
     return [_decoded(sys.stdin.buffer.read()) if flag == "-" else flag for flag in flags]
 
 
-def interact(continue_texts: Continue) -> None:
+def interact(continue_texts: Continue, greeting: str = _GREETING) -> None:
     """Continues one line after the other, until Ctrl-D or the end of the input.
 
     On a terminal Ctrl-C ends the text under way and an error is shown; elsewhere both end the loop.
 
     Args:
-        continue_texts: prints the continuation of prompts.
+        continue_texts: prints the continuation of prompts; True ends the loop.
+        greeting: for a person who types.
 
     Raises:
         UserError: a line is refused, unless a person types.
     """
     typed = sys.stdin.isatty()
     if typed:
-        _note("Type the beginning of a text. Ctrl-C ends a text, Ctrl-D quits.")
+        _note(greeting)
     for line in _typed_lines() if typed else map(_decoded, sys.stdin.buffer):
         try:
-            continue_texts([line.rstrip("\r\n")])
+            if continue_texts([line.rstrip("\r\n")]):
+                return
         except KeyboardInterrupt:
             if not typed:
                 raise

@@ -1,10 +1,4 @@
-"""Generation of token ids: prefill and decoding with a key-value cache, on any mesh.
-
-Shape letters: B rows of all devices together, S tokens of a prompt, M positions of the cache.
-Both steps are compiled once for each bucket of (B, S, M): B is a power of two on every device, S
-and M are powers of two, so that few programs serve all lengths. Rows without a request are masked:
-no expert sees them.
-"""
+"""Generation of token ids, all prompts at once and awaited: a short form of the engine."""
 
 from __future__ import annotations
 
@@ -12,25 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from moejax.errors import UserError
-from moejax.inference.sampling import SamplingArrays, SamplingConfig, sample
-from moejax.model.cache import KVCache, cache_specs, init_cache
-from moejax.model.embedding import PADDING_LOGIT
+from moejax.inference.engine import Engine, EngineSettings, Event
+from moejax.inference.params import SamplingParams
+from moejax.inference.sampling import SamplingConfig
 from moejax.training.state import Blueprint
-from sharding.collectives import all_gather
-from sharding.mesh import TENSOR, TOKEN_AXES
-from sharding.specs import specs_of
 
-__all__ = ["Generated", "Generator", "bucket"]
+__all__ = ["Generated", "Generator"]
 
-_SMALLEST_PROMPT = 16
-_SMALLEST_CACHE = 128
-_ROWS = P(TOKEN_AXES)
+_ROWS_OF_DEVICE = 8  # texts that run at once; more wait for their turn
+_NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -44,11 +31,6 @@ class Generated:
 
     tokens: np.ndarray
     reason: Literal["end", "stopped", "max_tokens", "context"]
-
-
-def bucket(length: int, smallest: int, largest: int) -> int:
-    """The least power of two that is at least `length` and `smallest`; at most `largest`."""
-    return min(max(1 << (length - 1).bit_length(), smallest), largest)
 
 
 class Generator:
@@ -73,37 +55,17 @@ class Generator:
         max_len: int | None = None,
         num_ids: int | None = None,
     ):
-        config = blueprint.config
-        self.max_len = config.max_context if max_len is None else max_len
-        if not 1 <= self.max_len <= config.max_context:
-            raise UserError(
-                f"max_len={max_len}: must lie between 1 and max_context={config.max_context}"
-            )
         self.blueprint = blueprint
+        settings = EngineSettings(
+            max_rows=_ROWS_OF_DEVICE * blueprint.shape.data * blueprint.shape.expert,
+            max_len=max_len,
+            max_waiting=_NO_LIMIT,
+            # The same call gives the same bits, whatever was generated before.
+            prefix_reuse=False,
+        )
         self._weights = (params, biases)
-        self._num_ids = config.vocab_size if num_ids is None else num_ids
-        self._dtype = jnp.dtype(config.compute_dtype)
-        self._share = blueprint.shape.data * blueprint.shape.expert
-        caches: Any = cache_specs(config)
-        weights = (specs_of(blueprint.params), blueprint.bias_specs)
-        mapped = {
-            "mesh": blueprint.mesh,
-            "in_specs": (weights, caches, P(TOKEN_AXES, None), _ROWS, _ROWS, P()),
-            "out_specs": (_ROWS, P(), caches),
-            "check_vma": False,
-        }
-        step = jax.shard_map(self._step, **mapped)
-
-        def prefill(weights: Any, tokens_BS: Any, *rest: Any, max_len: int) -> Any:
-            mesh = blueprint.mesh
-            cache = init_cache(config, tokens_BS.shape[0], max_len, self._dtype, mesh)
-            return step(weights, cache, tokens_BS, *rest)
-
-        def decode(weights: Any, cache: KVCache, tokens_B: Any, *rest: Any) -> Any:
-            return step(weights, cache, tokens_B[:, None], *rest)
-
-        self._prefill = jax.jit(prefill, static_argnames="max_len")
-        self._decode = jax.jit(decode, donate_argnums=1)
+        self._engine = Engine(blueprint, *self._weights, num_ids=num_ids, settings=settings)
+        self.max_len = self._engine.max_len
 
     def generate(
         self,
@@ -135,46 +97,47 @@ class Generator:
         """
         self._check(prompts, max_tokens)
         lengths = [len(prompt) for prompt in prompts]
-        limits = [min(max_tokens, self.max_len - n) for n in lengths]
-        rows_of, rows = self._layout(len(prompts))
-        tokens_BS = np.zeros((rows, bucket(max(lengths), _SMALLEST_PROMPT, self.max_len)), np.int32)
-        counts_B, requests_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for i, row in enumerate(rows_of):
-            tokens_BS[row, : lengths[i]] = prompts[i]
-            counts_B[row] = lengths[i]
-            requests_B[row] = i if requests is None else requests[i]
-        longest = max(n + limit for n, limit in zip(lengths, limits))
-        settings = sampling.arrays()
-
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            max_tokens=min(max_tokens, self.max_len),
+            stop_token_ids=() if end_id is None else (end_id,),
+        )
+        engine = self._engine
+        # A few programs serve all of a call: texts that get longer or end first need no others.
+        engine.expect(len(prompts), min(max(lengths) + max_tokens, self.max_len))
+        streams = range(len(prompts)) if requests is None else requests
         made: list[list[int]] = [[] for _ in prompts]
         reasons: dict[int, Any] = {}
-        next_B, shown, cache = self._prefill(
-            self._weights,
-            tokens_BS,
-            counts_B,
-            requests_B,
-            settings,
-            max_len=bucket(longest, _SMALLEST_CACHE, self.max_len),
-        )
-        while True:
-            for i, token in enumerate(np.asarray(shown)[rows_of].tolist()):
-                if i in reasons:
-                    continue
-                if token == end_id:
-                    reasons[i] = "end"
-                    continue
-                made[i].append(token)
-                if on_token is not None and on_token(i, token):
-                    reasons[i] = "stopped"
-                elif len(made[i]) == limits[i]:
-                    reasons[i] = "max_tokens" if limits[i] == max_tokens else "context"
-            if len(reasons) == len(prompts):
-                break
-            counts_B = np.zeros(rows, np.int32)
-            counts_B[[row for i, row in enumerate(rows_of) if i not in reasons]] = 1
-            next_B, shown, cache = self._decode(
-                self._weights, cache, next_B, counts_B, requests_B, settings
-            )
+
+        def take(index: int, event: Event) -> None:
+            for token in event.tokens:
+                made[index].append(token)
+                if on_token is not None and on_token(index, token):
+                    reasons[index] = "stopped"
+                    engine.cancel(event.id)
+                    return
+            if event.finish == "stop":
+                reasons[index] = "end"
+            elif event.finish == "length":
+                reasons[index] = "max_tokens" if len(made[index]) == max_tokens else "context"
+
+        try:
+            index_of = {
+                engine.add(prompt, params, stream=int(stream)): index
+                for index, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
+            }
+            while engine.has_work:
+                for event in engine.step():
+                    index = index_of[event.id]
+                    if index not in reasons:
+                        take(index, event)
+        except BaseException:  # Ctrl-C, too, may have come in the middle of a step
+            engine.reset()
+            raise
         return [Generated(np.array(m, np.int32), reasons[i]) for i, m in enumerate(made)]
 
     def _check(self, prompts: Sequence[np.ndarray], max_tokens: int) -> None:
@@ -188,35 +151,3 @@ class Generator:
                 f"a prompt of {longest} tokens: prompt and continuation share a context of "
                 f"{self.max_len} tokens; give at most {self.max_len - 1}"
             )
-
-    def _layout(self, requests: int) -> tuple[np.ndarray, int]:
-        """The row of each request, dealt over the devices, and the number of rows."""
-        per_device = 1 << (-(-requests // self._share) - 1).bit_length()
-        index = np.arange(requests)
-        return index % self._share * per_device + index // self._share, per_device * self._share
-
-    def _step(
-        self,
-        weights: tuple[Any, Any],
-        cache: KVCache,
-        tokens_BS: jax.Array,
-        counts_B: jax.Array,
-        requests_B: jax.Array,
-        settings: SamplingArrays,
-    ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """Appends the first `counts_B` tokens of each row and draws the next; inside the shard_map.
-
-        Returns:
-            the drawn tokens int32 [B] of this device, those of all devices, and the cache.
-        """
-        model = self.blueprint.merge(*weights)
-        mask_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32) < counts_B[:, None]
-        out = model(tokens_BS, token_mask_BS=mask_BS, cache=cache, inference=True)
-        assert out.cache is not None
-        last_B = jnp.maximum(counts_B - 1, 0)
-        hidden_BD = jnp.take_along_axis(out.hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
-        logits_BV = all_gather(model.logits(hidden_BD), TENSOR, 1)
-        ids_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
-        logits_BV = jnp.where(ids_V < self._num_ids, logits_BV, jnp.float32(PADDING_LOGIT))
-        token_B = sample(logits_BV, requests_B, out.cache.lengths_B, settings)
-        return token_B, all_gather(token_B, TOKEN_AXES), out.cache

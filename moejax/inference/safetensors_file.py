@@ -84,16 +84,17 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     }
 
 
-def header_bytes(tensors: Mapping[str, np.ndarray | Any]) -> bytes:
+def header_bytes(tensors: Mapping[str, np.ndarray | Any], framework: str = "np") -> bytes:
     """The beginning of a file that holds these tensors in this order, the length included.
 
     Args:
         tensors: anything with `shape` and `dtype`, by name.
+        framework: that the metadata name: `np`, or `pt`, which transformers asks for.
 
     Raises:
         TypeError: a dtype that the format lacks (a mistake in the program).
     """
-    header: dict[str, Any] = {_METADATA: {"format": "np"}}
+    header: dict[str, Any] = {_METADATA: {"format": framework}}
     at = 0
     for name, tensor in tensors.items():
         dtype = np.dtype(tensor.dtype)
@@ -111,15 +112,22 @@ def header_bytes(tensors: Mapping[str, np.ndarray | Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray | Any], framework: str = "np"
+) -> None:
     """Writes arrays in the order given; the widest dtypes first keep all of them aligned.
+
+    Args:
+        path: the file.
+        tensors: arrays, or what becomes one when numpy asks, with `shape` and `dtype`, by name.
+        framework: see `header_bytes`.
 
     Raises:
         OSError: the disk is full or the place cannot be written.
         TypeError: a dtype that the format lacks (a mistake in the program).
     """
     with open(path, "wb") as file:
-        file.write(header_bytes(tensors))
+        file.write(header_bytes(tensors, framework))
         for tensor in tensors.values():
             little = np.ascontiguousarray(tensor)
             file.write(little.reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a run directory, a model folder, or the one in the package."""
+"""Where a model comes from: a run, a folder of ours or of transformers, the package."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moejax.config import ModelConfig
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
+from moejax.families.folder import Progress, is_hf_folder, open_hf_folder
 from moejax.inference.model_folder import is_model_folder, load_model_folder
 from moejax.training.config_json import config_from_json
 
@@ -32,15 +33,37 @@ class ModelSource:
 
     path: where it lies.
     config: the model.
-    tokenizer: of its texts.
+    tokenizer: of its texts; None where a folder of transformers has no tokenizer.json.
     weights: reads the weights for a blueprint of this config, its `compute_dtype` aside: a flat
         dict in logical order for `load_weights`.
+    end_ids: the ids that end a text.
+    bos_id: the id that stands before every text, if one does.
     """
 
     path: Path
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     weights: Callable[[Blueprint], dict[str, Any]]
+    end_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where its other files lie, such as chat templates."""
+        return self.path
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.path}: no tokenizer.json there, so texts cannot be read; put the model's "
+                "tokenizer.json beside its weights"
+            )
+        return self.tokenizer
 
 
 def packaged_model() -> Path:
@@ -49,14 +72,18 @@ def packaged_model() -> Path:
 
 
 def open_model(
-    path: str | os.PathLike[str] | None, report: Callable[[str], None] | None = None
+    path: str | os.PathLike[str] | None,
+    report: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> ModelSource:
     """Opens a model without reading its weights.
 
     Args:
-        path: a run directory, of which the newest complete checkpoint is taken, or a model
-            folder; None takes the packaged model.
+        path: a run directory, of which the newest complete checkpoint is taken, a model folder, or
+            a folder of Hugging Face transformers; None takes the packaged model.
         report: gets a line for each damaged checkpoint passed over; None writes to stderr.
+        progress: told the bytes done and in all while weights of a folder of transformers are
+            read.
 
     Raises:
         UserError: there is no model, or it is damaged or of another version.
@@ -70,19 +97,38 @@ def open_model(
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
         raise UserError(f"{folder}: {found}; name a run directory or a model folder")
-    if is_model_folder(folder):
+    if is_hf_folder(folder):
+        source = _open_hf(folder, progress)
+    elif is_model_folder(folder):
         model = load_model_folder(folder)
         source = ModelSource(
-            folder, model.config, model.tokenizer, lambda bp: model.read(_targets(bp))
+            folder,
+            model.config,
+            model.tokenizer,
+            lambda bp: model.read(_targets(bp)),
+            (model.tokenizer.eos_id,),
         )
     else:
         source = _open_run(folder, report or _to_stderr)
-    if source.tokenizer.vocab_size > source.config.vocab_size:
+    tokenizer = source.tokenizer
+    if tokenizer is not None and tokenizer.vocab_size > source.config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {source.tokenizer.vocab_size} ids and the model "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model "
             f"{source.config.vocab_size}: they do not belong together; restore the folder"
         )
     return source
+
+
+def _open_hf(folder: Path, progress: Progress | None) -> ModelSource:
+    found = open_hf_folder(folder)
+    return ModelSource(
+        folder,
+        found.config,
+        found.tokenizer,
+        lambda bp: found.read(bp, progress),
+        found.end_ids,
+        found.bos_id,
+    )
 
 
 def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
@@ -114,7 +160,7 @@ def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
             )
         return found[1]
 
-    return ModelSource(folder, config, tokenizer, weights)
+    return ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,))
 
 
 def _targets(blueprint: Blueprint) -> dict[str, Any]:

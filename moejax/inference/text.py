@@ -14,7 +14,7 @@ from moejax.errors import UserError
 from moejax.inference.generate import Generator
 from moejax.inference.sampling import SamplingConfig
 
-__all__ = ["Completion", "TextStream", "complete"]
+__all__ = ["Completion", "TextStream", "TokenText", "complete", "token_text"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,35 @@ class Completion:
     reason: Literal["end", "stop", "max_tokens", "context"]
 
 
+@dataclass(frozen=True)
+class TokenText:
+    """What one token spells.
+
+    bytes: none for the end of a text and nothing but a part of a character for some.
+    text: the bytes as text, U+FFFD for what alone is no character; a special token's own name.
+    """
+
+    bytes: bytes
+    text: str
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> TokenText:
+    """What a token spells by itself, as lists of log-probabilities show it.
+
+    Raises:
+        ValueError: the vocabulary has no such id.
+    """
+    spelled = tokenizer.decode_bytes([token])
+    return TokenText(spelled, tokenizer.special.names.get(token, spelled.decode(errors="replace")))
+
+
 class TextStream:
     """Turns tokens into text and ends it before the first stop string.
 
-    Text that may yet turn out to begin a stop string is held back until that is decided. Of
-    several stop strings the first to be complete counts, and the longest of those that end
-    together, so that the result does not depend on where tokens end.
+    Special tokens are no text, as in vLLM (`skip_special_tokens`). Text that may yet turn out to
+    begin a stop string is held back until that is decided. Of several stop strings the first to be
+    complete counts, and the longest of those that end together, so that the result does not depend
+    on where tokens end.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -50,11 +73,14 @@ class TextStream:
             raise UserError("stop '': an empty stop string would end every text at once; drop it")
         self._decoder = StreamDecoder(tokenizer)
         self._stop = tuple(stop)
+        self._special = tokenizer.special.names
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is now certain, maybe none."""
+        if token in self._special:
+            return ""
         return self._take(self._decoder.push(token))
 
     def flush(self) -> str:

@@ -22,7 +22,7 @@ from moejax.routing.bias import RouterBias
 from moejax.training.optimizer import init_moments
 from sharding.mesh import AXES, MeshShape
 from sharding.specs import axes_of, specs_of
-from sharding.zero import Storage, storage_tree
+from sharding.zero import storage_tree
 
 __all__ = [
     "Blueprint",
@@ -32,6 +32,7 @@ __all__ = [
     "load_weights",
     "logical_targets",
     "to_logical",
+    "weight_targets",
 ]
 
 
@@ -234,10 +235,35 @@ def from_logical(flat: Mapping[str, jax.Array], blueprint: Blueprint) -> TrainSt
     return jax.jit(build, out_shardings=shardings)(dict(flat))
 
 
+def weight_targets(blueprint: Blueprint, dtype: Any) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of weights that `load_weights` takes as they are.
+
+    Args:
+        blueprint: model and mesh. Banks with padding and scanned layers are changed all the same.
+        dtype: dtype of weights that need not stay float32.
+
+    Returns:
+        `jax.ShapeDtypeStruct` by name, `params/…` and `bias/…`.
+    """
+    targets = {}
+    for part, tree in (("params", blueprint.params), ("bias", blueprint.biases)):
+        for name, variable in canonical(tree).items():
+            shape, metadata = _logical(name, variable).shape, variable.get_metadata()
+            spec = _fitting(metadata["spec"], shape, blueprint.mesh)
+            targets[f"{part}/{name}"] = jax.ShapeDtypeStruct(
+                shape,
+                jnp.float32 if metadata["float32"] else dtype,
+                sharding=NamedSharding(blueprint.mesh, spec),
+            )
+    return targets
+
+
 def load_weights(
     flat: Mapping[str, jax.Array], blueprint: Blueprint, dtype: Any
 ) -> tuple[nnx.State, nnx.State]:
     """Weights for inference from a flat logical dict: (params, biases), split by their use.
+
+    Arrays that are already as `weight_targets` says become part of the result; others are copied.
 
     Args:
         flat: `params/…` and `bias/…`.
@@ -249,14 +275,46 @@ def load_weights(
     """
     _check(flat, logical_targets(blueprint, ("params", "bias")))
 
-    def build(flat: Mapping[str, jax.Array]) -> tuple[nnx.State, nnx.State]:
-        params = _from_logical(flat, "params", blueprint.params)
+    def load(part: str, like: nnx.State) -> nnx.State:
+        variables = nnx.to_flat_state(like)
+        ready, rest = {}, []
+        for path, variable in variables:
+            array = flat.get(f"{part}/{'.'.join(map(str, path))}")  # None for scanned layers
+            if _is_ready(array, variable, blueprint.mesh, dtype):
+                ready[path] = variable.replace(array)
+            else:
+                rest.append((path, variable))
+        if rest:
+            others = nnx.from_flat_state(rest)
+            ready |= dict(nnx.to_flat_state(_place(flat, part, others, blueprint, dtype)))
+        return nnx.from_flat_state([(path, ready[path]) for path, _ in variables])
 
-        def cast(s: Storage, variable: nnx.Variable) -> nnx.Variable:
-            return variable.replace(variable.get_value().astype(s.dtype or dtype))
+    return load("params", blueprint.params), load("bias", blueprint.biases)
 
-        params = jax.tree.map(cast, blueprint.storage, params)
-        return params, _from_logical(flat, "bias", blueprint.biases)
 
-    specs = (specs_of(blueprint.params), blueprint.bias_specs)
-    return jax.jit(build, out_shardings=blueprint.shardings(specs))(dict(flat))
+def _is_ready(array: Any, variable: nnx.Variable, mesh: Any, dtype: Any) -> bool:
+    """Whether an array can be a variable's value as it is."""
+    if not isinstance(array, jax.Array) or array.shape != variable.get_value().shape:
+        return False
+    metadata = variable.get_metadata()
+    if array.dtype != (jnp.float32 if metadata["float32"] else dtype):
+        return False
+    return array.sharding.is_equivalent_to(NamedSharding(mesh, metadata["spec"]), array.ndim)
+
+
+def _place(
+    flat: Mapping[str, jax.Array], part: str, like: nnx.State, blueprint: Blueprint, dtype: Any
+) -> nnx.State:
+    """Weights in the shapes, dtypes and shardings of their use."""
+
+    def build(flat: Mapping[str, jax.Array]) -> nnx.State:
+        def cast(variable: nnx.Variable) -> nnx.Variable:
+            wanted = jnp.float32 if variable.get_metadata()["float32"] else dtype
+            return variable.replace(variable.get_value().astype(wanted))
+
+        values = _from_logical(flat, part, like)
+        return jax.tree.map(cast, values, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    names = [f"{part}/{name}" for name in canonical(like)]
+    shardings = blueprint.shardings(specs_of(like))
+    return jax.jit(build, out_shardings=shardings)({name: flat[name] for name in names})

@@ -1,0 +1,236 @@
+"""A folder of transformers: config.json, tokenizer, and weights that are laid over any mesh."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from moejax.config import ModelConfig
+from moejax.data.tokenizer import Tokenizer
+from moejax.errors import UserError
+from moejax.families import bindings, read_config
+from moejax.families.fields import short
+from moejax.families.quantized import dequantized
+from moejax.families.tensors import file_in, open_tensors
+from moejax.inference.folder_files import listed, read_json
+
+if TYPE_CHECKING:
+    from moejax.families.table import Binding
+    from moejax.training.state import Blueprint
+
+__all__ = ["HfFolder", "Progress", "is_hf_folder", "open_hf_folder"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are done and those in all."""
+
+_PASSED_OVER = re.compile(r".*\.rotary_emb\.inv_freq")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """What `open_hf_folder` found; the weights are mapped, not read.
+
+    path: the folder.
+    config: the model.
+    model_type: its family.
+    tokenizer: None where the folder has no tokenizer.json.
+    end_ids: the ids that end a text.
+    bos_id: the id that stands before every text, if one does.
+    tensors: the stored weights by their names there, without those that the model has no use for.
+    """
+
+    path: Path
+    config: ModelConfig
+    model_type: str
+    tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...]
+    bos_id: int | None
+    tensors: Mapping[str, Any]
+
+    def read(self, blueprint: Blueprint, progress: Progress | None = None) -> dict[str, Any]:
+        """Reads the weights onto devices, one after the other, each device only its own part.
+
+        Args:
+            blueprint: the model on a mesh; its `compute_dtype` decides.
+            progress: told after each weight.
+
+        Returns:
+            Arrays in logical order, as `weight_targets` says: `load_weights` takes them as they
+            are.
+
+        Raises:
+            UserError: the folder holds other names, shapes or kinds of numbers; all are told. Or
+                a scale is not finite.
+        """
+        from moejax.training.state import weight_targets
+
+        targets = weight_targets(blueprint, np.dtype(blueprint.config.compute_dtype))
+        bound = bindings(self.config, self.model_type)
+        self._check(bound, targets)
+        total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
+        done, arrays = 0, {}
+        for name, target in targets.items():
+            arrays[name] = self._read_one(bound[name], target)
+            done += math.prod(target.shape) * target.dtype.itemsize
+            if progress is not None:
+                progress(done, total)
+        return arrays
+
+    def _read_one(self, binding: Binding, target: Any) -> Any:
+        import jax
+
+        # Devices that hold the same part share one copy on the host.
+        parts: dict[str, np.ndarray] = {}
+
+        def part(index: Any) -> Any:
+            key = repr(index)
+            if key not in parts:
+                parts[key] = binding.read(self.tensors, target.shape, index, target.dtype)
+            return parts[key]
+
+        array = jax.make_array_from_callback(target.shape, target.sharding, part)
+        # One after the other: the next one's host copies are not made while these are needed.
+        return jax.block_until_ready(array)
+
+    def _check(self, bound: Mapping[str, Binding], targets: Mapping[str, Any]) -> None:
+        import jax.numpy as jnp
+
+        wrong = [f"{name} has no rule" for name in targets.keys() - bound.keys()]
+        wrong += [f"{name} is not in the model" for name in bound.keys() - targets.keys()]
+        used: set[str] = set()
+        for ours in bound.keys() & targets.keys():
+            shape = targets[ours].shape
+            wanted = bound[ours].shape(shape)
+            for name in bound[ours].names(shape):
+                used.add(name)
+                found = self.tensors.get(name)
+                if found is None:
+                    wrong.append(f"{name} is missing")
+                elif found.shape != wanted:
+                    wrong.append(f"{name} has shape {found.shape} and not {wanted}")
+                elif not jnp.issubdtype(found.dtype, jnp.floating):
+                    wrong.append(f"{name} is {found.dtype} and not a float")
+        wrong += [f"{name} is unknown" for name in self.tensors.keys() - used]
+        if wrong:
+            raise UserError(
+                f"{self.path}: the weights are not those of config.json: {listed(sorted(wrong))}; "
+                "fetch the whole folder again"
+            )
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder claims to hold a model of transformers."""
+    try:
+        head = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(head, dict) and "model_type" in head and "format" not in head
+
+
+def open_hf_folder(path: Path) -> HfFolder:
+    """Opens a folder; of the weights only the headers are read.
+
+    Raises:
+        UserError: something is missing, damaged, or of a kind that this program does not know.
+    """
+    hf = read_json(file_in(path, "config.json"))
+    try:
+        config = read_config(hf)
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
+    stored = open_tensors(path)
+    try:
+        tensors = dequantized(_of_model(stored, config, hf), hf.get("quantization_config"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    tokenizer, end_ids, bos_id = _read_tokenizer(path, hf, config)
+    return HfFolder(path, config, hf["model_type"], tokenizer, end_ids, bos_id, tensors)
+
+
+def _of_model(
+    stored: Mapping[str, Any], config: ModelConfig, hf: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tensors without those that are known to be of no use."""
+    # Modules that predict further tokens (arXiv 2412.19437 §2.2) lie behind the layers.
+    fields = "num_nextn_predict_layers", "num_mtp_layers"
+    further = next((hf[f] for f in fields if isinstance(hf.get(f), int)), 0)
+    passed = range(config.num_layers, config.num_layers + further)
+
+    def is_used(name: str) -> bool:
+        layer = _LAYER.match(name)
+        if (layer and int(layer[1]) in passed) or _PASSED_OVER.fullmatch(name):
+            return False
+        return not (config.tie_embeddings and name == "lm_head.weight")
+
+    return {name: tensor for name, tensor in stored.items() if is_used(name)}
+
+
+def _read_tokenizer(
+    folder: Path, hf: Mapping[str, Any], config: ModelConfig
+) -> tuple[Tokenizer | None, tuple[int, ...], int | None]:
+    """The tokenizer, the ids that end a text, and the one that begins it."""
+    generation, settings = (
+        read_json(folder / name) if file_in(folder, name).exists() else {}
+        for name in ("generation_config.json", "tokenizer_config.json")
+    )
+    end_ids = _ids(folder / "config.json", "eos_token_id", hf, config)
+    end_ids += _ids(folder / "generation_config.json", "eos_token_id", generation, config)
+    path = file_in(folder, "tokenizer.json")
+    if not path.exists():
+        begins = _ids(folder / "config.json", "bos_token_id", hf, config)
+        bos_id = begins[0] if begins and settings.get("add_bos_token") is True else None
+        return None, _unique(end_ids), bos_id
+    try:
+        text = path.read_text(encoding="utf-8")
+        model = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises bare Exception
+        raise UserError(
+            f"{path}: not a tokenizer ({str(error).splitlines()[0]}); fetch it again"
+        ) from None
+    if (named := _token_id(model, settings.get("eos_token"))) is not None:
+        end_ids += (named,)
+    bos_id = _token_id(model, settings.get("bos_token"))
+    if settings.get("add_bos_token") is None:
+        # What the tokenizer itself puts before an empty text.
+        before = model.encode("", add_special_tokens=True).ids
+        bos_id = before[0] if before and before[0] not in end_ids[:1] else None
+    elif not settings["add_bos_token"]:
+        bos_id = None
+    # An id above all others is a tokenizer's of ours.
+    above = max(model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    known = [i for i in end_ids if model.id_to_token(i) is not None or i == above]
+    try:
+        tokenizer = Tokenizer(text, known[0]) if known else Tokenizer.from_file(str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return tokenizer, _unique(end_ids) or (tokenizer.eos_id,), bos_id
+
+
+def _ids(file: Path, field: str, data: Mapping[str, Any], config: ModelConfig) -> tuple[int, ...]:
+    value = data.get(field)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int or not 0 <= i < config.vocab_size for i in ids):
+        raise UserError(
+            f"{file}: {field}={short(value)}: must be ids below vocab_size={config.vocab_size}; "
+            "mend the file"
+        )
+    return tuple(ids)
+
+
+def _token_id(model: tokenizers.Tokenizer, token: Any) -> int | None:
+    """The id of a token as tokenizer_config.json names it: as a text, or as an object with one."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return model.token_to_id(text) if isinstance(text, str) else None
+
+
+def _unique(ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,87 @@
+"""The sampling that a model's makers recommend: generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import UserError
+from moejax.inference.params import SamplingParams
+
+__all__ = ["GenerationDefaults"]
+
+# Their names and ours. Others say nothing about sampling, or ask for searches that are not done.
+_NAMES = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a folder recommends.
+
+    values: fields of `SamplingParams` that the folder sets.
+    end_ids: the ids that end a text; none where it does not say.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    end_ids: tuple[int, ...] = ()
+
+    def params(self, **given: Any) -> SamplingParams:
+        """Sampling with what a request gives, else what the folder recommends, else vLLM's.
+
+        Raises:
+            UserError: a value is refused.
+        """
+        return SamplingParams(**{**self.values, **given})
+
+    @classmethod
+    def read(cls, folder: Path) -> GenerationDefaults:
+        """Reads generation_config.json, if there is one.
+
+        `do_sample: false` means temperature 0.
+
+        Raises:
+            UserError: the file cannot be read or holds a value out of range.
+        """
+        path = folder / "generation_config.json"
+        data = read_object(path)
+        values = {ours: data[name] for name, ours in _NAMES.items() if data.get(name) is not None}
+        if data.get("do_sample") is False:
+            values["temperature"] = 0.0
+        ends = data.get("eos_token_id")
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(type(end) is int and end >= 0 for end in ends):
+            raise UserError(f"{path}: eos_token_id={ends!r:.80}: must be token ids; correct it")
+        try:
+            SamplingParams(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; correct it") from None
+        return cls(values, tuple(ends))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is no file.
+
+    Raises:
+        UserError: it cannot be read or is no JSON object.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check the path") from None
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no JSON object; restore it from where the model came from")
+    return data

@@ -1,0 +1,296 @@
+"""The compiled steps: pieces of prompts and single tokens, over the pages of all devices.
+
+Shape letters: B rows (of all devices outside the shard_map, of this one inside), S tokens of a
+row, N pages of its table, M tokens that a slot's history holds, V vocabulary, W and F columns of
+packed rows.
+
+A step is two programs, the model's, one for each `Shape`, and one that draws tokens, for each
+number of rows and `Level`. What the host says of the rows travels as two int32 arrays, what the
+devices answer as one: a transfer for each small array would take longer than a small step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.inference.drawing import Drawn, Level, choose
+from moejax.inference.params import MAX_LOGPROBS
+from moejax.inference.row_choice import EMPTY_CHOICE, RowChoice, pack, unpack
+from moejax.inference.scheduler import Plan
+from moejax.inference.shapes import Shape
+from moejax.inference.texts import Text
+from moejax.model.cache import KVCache, LayerCache, init_pages, page_specs
+from moejax.training.state import Blueprint
+from sharding.collectives import all_gather
+from sharding.mesh import TENSOR, TOKEN_AXES
+from sharding.specs import specs_of
+
+__all__ = ["Programs"]
+
+_MOST_COMPILERS = 8
+_STEP_COLUMNS = 3  # count, length, slot
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A program that draws: for so many rows of each device, which may ask for so much."""
+
+    rows: int
+    level: Level
+
+
+class Programs:
+    """The model with its pages on the mesh, and the steps over them.
+
+    Args:
+        blueprint: model and mesh.
+        params: weights split by their use, as from `load_weights`.
+        biases: selection biases, likewise.
+        num_ids: ids from here on are never chosen.
+        slots: texts of each device.
+        pages: of each device.
+        page_len: positions of a page.
+        max_len: most tokens of a text.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        params: Any,
+        biases: Any,
+        *,
+        num_ids: int,
+        slots: int,
+        pages: int,
+        page_len: int,
+        max_len: int,
+    ):
+        config, mesh = blueprint.config, blueprint.mesh
+        self._blueprint = blueprint
+        self._weights = (params, biases)
+        self._num_ids = num_ids
+        self._slots = slots
+        self._devices = blueprint.shape.data * blueprint.shape.expert
+        self._top = min(MAX_LOGPROBS, config.padded_vocab)
+        # Fake devices share one pool of threads, in which two programs under way may wait for
+        # each other.
+        self._one_at_a_time = mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
+        by_row = P(TOKEN_AXES, None)
+        self._rows = NamedSharding(mesh, by_row)
+        total = self._devices * pages
+
+        def fresh() -> tuple[dict[str, LayerCache], jax.Array]:
+            dtype = jnp.dtype(config.compute_dtype)
+            layers = init_pages(config, total, page_len, dtype, mesh)
+            # One more than a text may have: its last token is written as well.
+            shape = (slots * self._devices, max_len + 1)
+            return layers, jnp.zeros(shape, jnp.int32, device=self._rows)
+
+        self._fresh = fresh
+        # What stays on the devices: the pages; the tokens of the text in each slot, those drawn
+        # and, of texts with penalties, the prompt, too.
+        self._layers, self._history_RM = fresh()
+        weight_specs: Any = (specs_of(blueprint.params), blueprint.bias_specs)
+        layer_specs: Any = page_specs(config)
+
+        def mapped(function: Any, in_specs: Any, out_specs: Any) -> Any:
+            specs: Any = {"in_specs": in_specs, "out_specs": out_specs}
+            return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
+
+        def step(
+            weights: Any, layers: Any, history: Any, rows: Any, where: Any, tokens: int
+        ) -> Any:
+            arrays = (weight_specs, layer_specs, by_row, by_row, by_row)
+            run = mapped(partial(self._step, tokens), arrays, (layer_specs, by_row))
+            return run(weights, layers, history, rows, where)
+
+        def draw(logits: Any, history: Any, rows: Any, level: Level) -> Any:
+            run = mapped(partial(self._draw, level), (by_row,) * 3, (by_row, P()))
+            return run(logits, history, rows)
+
+        # Compiled by hand, so that a shape is known to be compiled once and for all.
+        self._jitted_step = jax.jit(step, donate_argnums=1, static_argnames="tokens")
+        self._jitted_draw = jax.jit(draw, donate_argnums=1, static_argnames="level")
+        self._compiled: dict[Shape | _Drawing, jax.stages.Compiled] = {}
+
+        def remember(history_RM: jax.Array, slots_B: jax.Array, tokens_BM: jax.Array) -> jax.Array:
+            return history_RM.at[slots_B].set(tokens_BM, mode="drop")
+
+        remember = mapped(remember, (by_row, P(TOKEN_AXES), by_row), by_row)
+        jitted = jax.jit(remember, donate_argnums=0)
+        self._remember = jitted.lower(self._history_RM, *self._history({})).compile()
+
+    def reset(self) -> None:
+        """Empties the pages; programs stay."""
+        del self._layers, self._history_RM  # room for the new ones
+        self._layers, self._history_RM = self._fresh()
+
+    def compiled(self) -> int:
+        """How many programs have been compiled."""
+        return len(self._compiled)
+
+    def run(self, plan: Plan) -> Drawn:
+        """Starts a step; what it draws can be read when it has ended."""
+        self._remember_prompts(plan)
+        shape = plan.shape
+        count = self._devices * shape.rows
+        rows_BW = np.zeros((count, _STEP_COLUMNS), np.int32)
+        rows_BW[:, 2] = self._slots  # none
+        choice_BF = np.repeat(pack(EMPTY_CHOICE), count, axis=0)
+        table_BN = np.full((count, shape.pages), -1, np.int32)
+        tokens_BS = np.zeros((count, shape.tokens), np.int32)
+        level = Level.GREEDY
+        for device, works in enumerate(plan.rows):
+            for row, work in enumerate(works, device * shape.rows):
+                text = work.text
+                rows_BW[row] = (
+                    work.count,
+                    work.start,
+                    text.slot if work.draws else self._slots,
+                )
+                if work.draws:
+                    level = max(level, text.level)
+                choice_BF[row] = text.row
+                pages = text.pages[: shape.pages]
+                table_BN[row, : len(pages)] = pages
+                if shape.tokens:
+                    piece = text.tokens[work.start : work.start + work.count]
+                    tokens_BS[row, : work.count] = piece
+        rows_BF = np.concatenate([rows_BW, choice_BF], axis=1)
+        where_BW = np.concatenate([table_BN, tokens_BS], axis=1)
+        return self._start(rows_BF, where_BW, shape, level)
+
+    def compile_all(
+        self,
+        shapes: Sequence[Shape],
+        report: Callable[[int, int], None] | None = None,
+        levels: Iterable[Level] = tuple(Level),
+    ) -> int:
+        """Compiles the steps of these shapes, several at once; see `Engine.warm_up`."""
+        wanted: list[Shape | _Drawing] = list(shapes)
+        rows = sorted({shape.rows for shape in shapes})
+        wanted += [_Drawing(n, level) for n in rows for level in levels]
+        missing = [key for key in wanted if key not in self._compiled]
+        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_COMPILERS))
+        try:
+            # Tracing keeps to this thread: one at a time is all that Python can.
+            futures = {pool.submit(self._lower(key).compile): key for key in missing}
+            for done, future in enumerate(as_completed(futures), 1):
+                self._compiled[futures[future]] = future.result()
+                if report is not None:
+                    report(done, len(missing))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return len(missing)
+
+    def _lower(self, key: Shape | _Drawing) -> jax.stages.Lowered:
+        def of(columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
+            shape = (self._devices * key.rows, columns)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
+
+        rows = of(_STEP_COLUMNS + pack(EMPTY_CHOICE).shape[1], jnp.int32)
+        if isinstance(key, _Drawing):
+            logits = of(self._blueprint.config.padded_vocab, jnp.float32)
+            return self._jitted_draw.lower(logits, self._history_RM, rows, level=key.level)
+        state = self._weights, self._layers, self._history_RM
+        where = of(key.pages + key.tokens, jnp.int32)
+        return self._jitted_step.lower(*state, rows, where, tokens=key.tokens)
+
+    def _program(self, key: Shape | _Drawing) -> jax.stages.Compiled:
+        if key not in self._compiled:
+            self._compiled[key] = self._lower(key).compile()
+        return self._compiled[key]
+
+    def _start(
+        self, rows_BF: np.ndarray, where_BW: np.ndarray, shape: Shape, level: Level
+    ) -> Drawn:
+        step, draw = self._program(shape), self._program(_Drawing(shape.rows, level))
+        rows, where = jax.device_put((rows_BF, where_BW), self._rows)
+        self._layers, logits = step(self._weights, self._layers, self._history_RM, rows, where)
+        if self._one_at_a_time:
+            jax.block_until_ready(logits)
+        self._history_RM, drawn = draw(logits, self._history_RM, rows)
+        drawn.copy_to_host_async()
+        if self._one_at_a_time:
+            jax.block_until_ready(self._history_RM)
+        return Drawn(drawn, self._top)
+
+    def _remember_prompts(self, plan: Plan) -> None:
+        """Writes the texts that penalties look at and that are new in their slots."""
+        queues = [[w.text for w in works if w.first and w.text.penalized] for works in plan.rows]
+        for i in range(max(map(len, queues))):
+            texts = {device: queue[i] for device, queue in enumerate(queues) if i < len(queue)}
+            self._history_RM = self._remember(self._history_RM, *self._history(texts))
+
+    def _history(self, texts: dict[int, Text]) -> tuple[jax.Array, jax.Array]:
+        """The slot and the tokens of a text on each device, laid over the mesh."""
+        slots_B = np.full(self._devices, self._slots, np.int32)
+        tokens_BM = np.zeros((self._devices, self._history_RM.shape[1]), np.int32)
+        for device, text in texts.items():
+            slots_B[device] = text.slot
+            tokens_BM[device, : len(text.tokens)] = text.tokens
+        by_device = NamedSharding(self._rows.mesh, P(TOKEN_AXES))
+        return jax.device_put(slots_B, by_device), jax.device_put(tokens_BM, self._rows)
+
+    def _step(
+        self,
+        tokens: int,
+        weights: Any,
+        layers: dict[str, LayerCache],
+        history_RM: jax.Array,
+        rows_BF: jax.Array,
+        where_BW: jax.Array,
+    ) -> tuple[dict[str, LayerCache], jax.Array]:
+        """Appends tokens to each row; inside the shard_map. The pages, and logits [B, V]."""
+        count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
+        pages = where_BW.shape[1] - tokens
+        table_BN = where_BW[:, :pages]
+        if tokens:
+            tokens_BS = where_BW[:, pages:]
+        else:
+            # The token drawn last, which the host may not know yet.
+            at = history_RM.at[slot_B, length_B]
+            tokens_BS = at.get(mode="fill", fill_value=0)[:, None]
+        mask_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32) < count_B[:, None]
+        model = self._blueprint.merge(*weights)
+        out = model(
+            tokens_BS,
+            token_mask_BS=mask_BS,
+            cache=KVCache(layers, length_B, table_BN),
+            inference=True,
+        )
+        assert out.cache is not None
+        last_B = jnp.maximum(count_B - 1, 0)
+        hidden_BD = jnp.take_along_axis(out.hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
+        return out.cache.layers, all_gather(model.logits(hidden_BD), TENSOR, 1)
+
+    def _draw(
+        self, level: Level, logits_BV: jax.Array, history_RM: jax.Array, rows_BF: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Draws a token for each row; inside the shard_map. The histories, and `Drawn.packed`."""
+        count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
+        choice: RowChoice = unpack(rows_BF[:, _STEP_COLUMNS:], EMPTY_CHOICE)
+        length_B = length_B + count_B
+        token_B, drawn_BW = choose(
+            level,
+            logits_BV,
+            length_B,
+            slot_B,
+            choice,
+            history_RM,
+            num_ids=self._num_ids,
+            top=self._top,
+        )
+        history_RM = history_RM.at[slot_B, length_B].set(token_B, mode="drop")
+        return history_RM, all_gather(drawn_BW, TOKEN_AXES)

@@ -1,0 +1,176 @@
+"""From flags to a model that runs: devices, mesh, weights, engine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.serving.flags import EngineFlags, ModelFlags
+
+if TYPE_CHECKING:
+    from moejax.config import ModelConfig
+    from moejax.inference.engine import Engine, EngineSettings
+    from moejax.inference.source import ModelSource
+    from moejax.serving.loop import EngineLoop
+    from moejax.serving.text_model import TextModel
+    from moejax.training.state import Blueprint
+    from sharding.mesh import MeshShape
+
+__all__ = [
+    "keep_compiled_programs",
+    "load_model",
+    "make_engine",
+    "note",
+    "running_model",
+    "start_devices",
+]
+
+_NOTE_SECONDS = 5.0
+
+
+def start_devices(flags: ModelFlags, model: ModelConfig) -> MeshShape:
+    """The mesh that the flags name, after making the (fake) devices it needs.
+
+    Raises:
+        UserError: the text names no mesh.
+    """
+    import jax
+
+    from sharding.mesh import MeshShape
+
+    named = None if flags.mesh == "auto" else MeshShape.parse(flags.mesh)
+    wanted = flags.devices or (named.size if named else 1)
+    # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", wanted)
+    if named is not None:
+        return named
+    return MeshShape(expert=min(len(jax.devices()), model.moe.router.num_experts))
+
+
+def load_model(
+    source: ModelSource, shape: MeshShape, dtype: str, expert_weights: str = "none"
+) -> tuple[Blueprint, Any, Any]:
+    """The model on the mesh: blueprint, weights split by their use, selection biases.
+
+    Raises:
+        UserError: the mesh does not fit, or the weights are damaged or of another model.
+    """
+    import jax.numpy as jnp
+
+    from moejax.model.attention import choose_attention
+    from moejax.serving.expert_weights import quantize_model
+    from moejax.training.state import Blueprint, load_weights
+    from sharding.mesh import make_mesh
+
+    mesh = make_mesh(shape)
+    model = source.config
+    platform = mesh.devices.flat[0].platform
+    if dtype == "auto":
+        # Few CPUs multiply bfloat16 any faster.
+        dtype = "float32" if platform == "cpu" else model.compute_dtype
+    chosen: Any = dtype
+    model = dataclasses.replace(model, compute_dtype=chosen)
+    blueprint = Blueprint(model, mesh, attention=choose_attention(platform, model))
+    weights = load_weights(source.weights(blueprint), blueprint, jnp.dtype(dtype))
+    if expert_weights == "none":
+        return blueprint, *weights
+    return quantize_model(blueprint, *weights, expert_weights)
+
+
+def make_engine(
+    source: ModelSource, flags: EngineFlags, settings: EngineSettings | None = None
+) -> Engine:
+    """The engine that the flags ask for.
+
+    Args:
+        source: the model.
+        flags: how it runs.
+        settings: of the engine; None takes those of the flags.
+
+    Raises:
+        UserError: whatever a user can mend.
+    """
+    from moejax.inference.engine import Engine
+    from moejax.serving.text_model import end_ids
+
+    settings = settings or flags.engine_settings()
+    shape = start_devices(flags, source.config)
+    keep_compiled_programs()
+    return Engine(
+        *load_model(source, shape, flags.dtype, flags.expert_weights),
+        num_ids=None if source.tokenizer is None else source.tokenizer.vocab_size,
+        end_ids=end_ids(source),
+        settings=settings,
+    )
+
+
+@contextlib.contextmanager
+def running_model(
+    flags: EngineFlags, name: str = "", *, warm_up: bool = False, chats: bool = True
+) -> Iterator[tuple[TextModel, EngineLoop]]:
+    """The model and the loop that runs it, ended with the context.
+
+    Args:
+        flags: which model, and how.
+        name: for clients; empty takes that of the folder.
+        warm_up: compile all steps first.
+        chats: see `TextModel.open`.
+
+    Raises:
+        UserError: whatever a user can mend.
+    """
+    from moejax.inference.source import open_model
+    from moejax.serving.loop import EngineLoop
+    from moejax.serving.text_model import TextModel
+
+    source = open_model(flags.model or None)
+    model = TextModel.open(source, name, chats=chats)
+    try:
+        engine = make_engine(source, flags)
+        if warm_up:
+            _warm_up(engine)
+        loop = EngineLoop(engine, model.tokenizer).start()
+        try:
+            yield model, loop
+        finally:
+            loop.stop()
+    finally:
+        model.close()
+
+
+def _warm_up(engine: Engine) -> None:
+    start = noted = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal noted
+        if time.monotonic() - noted > _NOTE_SECONDS:
+            noted = time.monotonic()
+            note(f"compiled {done} of {total} steps")
+
+    count = engine.warm_up(report)
+    note(f"compiled {count} steps in {time.monotonic() - start:.1f} s")
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs in the user's cache, so that the next start is quick."""
+    import jax
+
+    folder = Path.home() / ".cache" / "moejax" / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except (OSError, RuntimeError):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def note(line: str) -> None:
+    """A line for the person who started the program."""
+    print(line, file=sys.stderr, flush=True)
