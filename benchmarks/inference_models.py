@@ -19,6 +19,7 @@ from jax import numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.inference.source import ModelSource
+from moejax.inference.stored import Keep, keep_all
 from moejax.presets import PRESETS
 from moejax.training.state import Blueprint, weight_targets
 from sharding.flops import active_matrix_parameters
@@ -51,14 +52,13 @@ def model_of(name: str, *, tiny: bool = False) -> ModelConfig:
 def random_source(config: ModelConfig, seed: int = 0) -> ModelSource:
     """A model whose weights are drawn on the devices: normal, of deviation 1 / √(inputs)."""
 
-    def weights(blueprint: Blueprint, change: Callable[..., Any] | None = None) -> dict[str, Any]:
+    def weights(blueprint: Blueprint, keep: Keep = keep_all) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
         dtype = jnp.dtype(blueprint.config.compute_dtype)
         targets = weight_targets(blueprint, dtype)
         for index, (name, target) in enumerate(targets.items()):
             key = jax.random.fold_in(jax.random.key(seed), index)
-            drawn = {name: _draw(key, name, target)}
-            arrays |= drawn if change is None else change(drawn)
+            arrays |= keep(name, _draw(key, name, target))
         return arrays
 
     return ModelSource(Path("random"), config, None, weights)

@@ -75,8 +75,10 @@ class QuantizedExpertBank(nnx.Module):
         w_in = quantize(jnp.swapaxes(bank.w_in[...], 1, 2), jnp.dtype(dtype))
         w_out = quantize(bank.w_out[...], jnp.dtype(dtype))
 
+        home = bank.w_in.get_metadata()["home"]
+
         def kept(value: jax.Array, spec: P) -> QuantizedWeight:
-            return QuantizedWeight(value, spec=spec, float32=True)
+            return QuantizedWeight(value, spec=spec, home=home)
 
         spec_in, spec_out = P(EXPERT, None, TENSOR, None), P(EXPERT, None, TENSOR)
         self.w_in_values, self.w_in_scales = (

@@ -21,6 +21,7 @@ from moejax.families.fields import short
 from moejax.families.quantized import dequantized
 from moejax.families.tensors import file_in, open_tensors
 from moejax.inference.folder_files import listed, read_json
+from moejax.inference.stored import Keep, keep_all
 
 if TYPE_CHECKING:
     from moejax.families.table import Binding
@@ -56,12 +57,15 @@ class HfFolder:
     bos_id: int | None
     tensors: Mapping[str, Any]
 
-    def read(self, blueprint: Blueprint, progress: Progress | None = None) -> dict[str, Any]:
+    def read(
+        self, blueprint: Blueprint, progress: Progress | None = None, keep: Keep = keep_all
+    ) -> dict[str, Any]:
         """Reads the weights onto devices, one after the other, each device only its own part.
 
         Args:
             blueprint: the model on a mesh; its `compute_dtype` decides.
             progress: told after each weight.
+            keep: what becomes of each weight as soon as it is read.
 
         Returns:
             Arrays in logical order, as `weight_targets` says: `load_weights` takes them as they
@@ -77,9 +81,10 @@ class HfFolder:
         bound = bindings(self.config, self.model_type)
         self._check(bound, targets)
         total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
-        done, arrays = 0, {}
+        done = 0
+        arrays: dict[str, Any] = {}
         for name, target in targets.items():
-            arrays[name] = self._read_one(bound[name], target)
+            arrays |= keep(name, self._read_one(bound[name], target))
             done += math.prod(target.shape) * target.dtype.itemsize
             if progress is not None:
                 progress(done, total)

@@ -35,7 +35,7 @@ from moejax.inference.folder_files import (
     write_json,
 )
 from moejax.inference.safetensors_file import header_bytes, open_safetensors, write_safetensors
-from moejax.inference.stored import StoredArray, collect_pieces, cut
+from moejax.inference.stored import Keep, StoredArray, collect_pieces, cut, keep_all
 from moejax.training.config_json import config_from_json, config_to_json
 from moejax.training.files import disk_errors
 
@@ -70,12 +70,13 @@ class ModelFolder:
     record: dict[str, Any]
     arrays: dict[str, StoredArray]
 
-    def read(self, targets: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, targets: Mapping[str, Any], keep: Keep = keep_all) -> dict[str, Any]:
         """Reads weights onto devices, each device only its own part.
 
         Args:
             targets: `jax.ShapeDtypeStruct` with a sharding by name, as from `logical_targets` for
                 `("params", "bias")`.
+            keep: what becomes of each weight as soon as it is read.
 
         Returns:
             Arrays of these shapes and shardings, parameters in the dtype they are stored in,
@@ -95,7 +96,10 @@ class ModelFolder:
                 target.shape, target.sharding, lambda index: stored.read(index).astype(dtype)
             )
 
-        return {name: read(name) for name in targets}
+        kept: dict[str, Any] = {}
+        for name in targets:
+            kept |= keep(name, read(name))
+        return kept
 
 
 def is_model_folder(path: str | os.PathLike[str]) -> bool:

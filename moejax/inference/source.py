@@ -16,6 +16,7 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.families.folder import Progress, is_hf_folder, open_hf_folder
 from moejax.inference.model_folder import is_model_folder, load_model_folder
+from moejax.inference.stored import Keep, keep_all
 from moejax.training.config_json import config_from_json
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class ModelSource:
     config: the model.
     tokenizer: of its texts; None where a folder of transformers has no tokenizer.json.
     weights: reads the weights for a blueprint of this config, its `compute_dtype` aside: a flat
-        dict in logical order for `load_weights`.
+        dict in logical order for `load_weights`. With a second argument, what that makes of each
+        weight, by its name and array, takes the weight's place as soon as it is read.
     end_ids: the ids that end a text.
     bos_id: the id that stands before every text, if one does.
     """
@@ -43,7 +45,7 @@ class ModelSource:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
-    weights: Callable[[Blueprint], dict[str, Any]]
+    weights: Callable[..., dict[str, Any]]
     end_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 
@@ -105,7 +107,7 @@ def open_model(
             folder,
             model.config,
             model.tokenizer,
-            lambda bp: model.read(_targets(bp)),
+            lambda bp, keep=keep_all: model.read(_targets(bp), keep),
             (model.tokenizer.eos_id,),
         )
     else:
@@ -125,7 +127,7 @@ def _open_hf(folder: Path, progress: Progress | None) -> ModelSource:
         folder,
         found.config,
         found.tokenizer,
-        lambda bp: found.read(bp, progress),
+        lambda bp, keep=keep_all: found.read(bp, progress, keep),
         found.end_ids,
         found.bos_id,
     )
@@ -147,7 +149,7 @@ def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
     config = config_from_json(ModelConfig, data, source=str(config_path))
     tokenizer = Tokenizer.load(folder / "tokenizer")
 
-    def weights(blueprint: Blueprint) -> dict[str, Any]:
+    def weights(blueprint: Blueprint, keep: Keep = keep_all) -> dict[str, Any]:
         # Imported late, as orbax takes a second.
         from moejax.training.checkpoint import Checkpoints
 
@@ -158,7 +160,10 @@ def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
                 f"{folder}: no complete checkpoint there yet; wait for the first save, or name "
                 "another model"
             )
-        return found[1]
+        arrays, kept = found[1], {}
+        while arrays:
+            kept |= keep(*arrays.popitem())
+        return kept
 
     return ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,))
 

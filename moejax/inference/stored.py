@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ import numpy as np
 
 from moejax.errors import UserError
 
-__all__ = ["Piece", "StoredArray", "collect_pieces", "cut"]
+__all__ = ["Keep", "Piece", "StoredArray", "collect_pieces", "cut", "keep_all"]
+
+Keep = Callable[[str, Any], Mapping[str, Any]]
+"""From a weight that was just read, its name and array, to what takes its place."""
 
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 _HEADER_ROOM = 1024  # bytes of a file's header with one tensor, more than is needed
@@ -77,6 +80,11 @@ class StoredArray:
             for first, array in self.pieces
         ]
         return np.concatenate(parts)
+
+
+def keep_all(name: str, array: Any) -> Mapping[str, Any]:
+    """Weights as they are."""
+    return {name: array}
 
 
 def cut(name: str, shape: tuple[int, ...], dtype: np.dtype, limit: int) -> Iterator[Piece]:

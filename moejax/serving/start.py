@@ -63,8 +63,8 @@ def load_model(
     """
     import jax.numpy as jnp
 
+    from moejax.inference.expert_weights import quantized_blueprint, quantizing
     from moejax.model.attention import choose_attention
-    from moejax.serving.expert_weights import quantize_model
     from moejax.training.state import Blueprint, load_weights
     from sharding.mesh import make_mesh
 
@@ -77,10 +77,12 @@ def load_model(
     chosen: Any = dtype
     model = dataclasses.replace(model, compute_dtype=chosen)
     blueprint = Blueprint(model, mesh, attention=choose_attention(platform, model))
-    weights = load_weights(source.weights(blueprint), blueprint, jnp.dtype(dtype))
     if expert_weights == "none":
-        return blueprint, *weights
-    return quantize_model(blueprint, *weights, expert_weights)
+        return blueprint, *load_weights(source.weights(blueprint), blueprint, jnp.dtype(dtype))
+    # Each matrix is quantized as soon as it is read: there is never room for all of them.
+    quantized = quantized_blueprint(blueprint, expert_weights)
+    flat = source.weights(blueprint, quantizing(quantized, expert_weights))
+    return quantized, *load_weights(flat, quantized, jnp.dtype(dtype))
 
 
 def make_engine(

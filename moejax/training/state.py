@@ -248,12 +248,10 @@ def weight_targets(blueprint: Blueprint, dtype: Any) -> dict[str, Any]:
     targets = {}
     for part, tree in (("params", blueprint.params), ("bias", blueprint.biases)):
         for name, variable in canonical(tree).items():
-            shape, metadata = _logical(name, variable).shape, variable.get_metadata()
-            spec = _fitting(metadata["spec"], shape, blueprint.mesh)
+            shape = _logical(name, variable).shape
+            spec = _fitting(variable.get_metadata()["spec"], shape, blueprint.mesh)
             targets[f"{part}/{name}"] = jax.ShapeDtypeStruct(
-                shape,
-                jnp.float32 if metadata["float32"] else dtype,
-                sharding=NamedSharding(blueprint.mesh, spec),
+                shape, _dtype_in_use(variable, dtype), sharding=NamedSharding(blueprint.mesh, spec)
             )
     return targets
 
@@ -273,7 +271,7 @@ def load_weights(
     Raises:
         UserError: names or shapes are of another model.
     """
-    _check(flat, logical_targets(blueprint, ("params", "bias")))
+    _check(flat, weight_targets(blueprint, dtype))
 
     def load(part: str, like: nnx.State) -> nnx.State:
         variables = nnx.to_flat_state(like)
@@ -296,10 +294,17 @@ def _is_ready(array: Any, variable: nnx.Variable, mesh: Any, dtype: Any) -> bool
     """Whether an array can be a variable's value as it is."""
     if not isinstance(array, jax.Array) or array.shape != variable.get_value().shape:
         return False
-    metadata = variable.get_metadata()
-    if array.dtype != (jnp.float32 if metadata["float32"] else dtype):
+    if array.dtype != _dtype_in_use(variable, dtype):
         return False
-    return array.sharding.is_equivalent_to(NamedSharding(mesh, metadata["spec"]), array.ndim)
+    spec = variable.get_metadata()["spec"]
+    return array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim)
+
+
+def _dtype_in_use(variable: nnx.Variable, dtype: Any) -> Any:
+    """Of a weight of inference; what is no parameter, such as 8-bit values, keeps its own."""
+    if not isinstance(variable, nnx.Param):
+        return variable.get_value().dtype
+    return jnp.float32 if variable.get_metadata()["float32"] else dtype
 
 
 def _place(
@@ -309,8 +314,7 @@ def _place(
 
     def build(flat: Mapping[str, jax.Array]) -> nnx.State:
         def cast(variable: nnx.Variable) -> nnx.Variable:
-            wanted = jnp.float32 if variable.get_metadata()["float32"] else dtype
-            return variable.replace(variable.get_value().astype(wanted))
+            return variable.replace(variable.get_value().astype(_dtype_in_use(variable, dtype)))
 
         values = _from_logical(flat, part, like)
         return jax.tree.map(cast, values, is_leaf=lambda x: isinstance(x, nnx.Variable))
