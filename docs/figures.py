@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import figures_exchange
+import figures_inference
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -326,6 +327,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ep_layer": lambda: of_exchange("ep_layer_h200x4", figures_exchange.layer),
     "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
     "wire_training": lambda: of_exchange("wire_training", figures_exchange.trained_with_wires),
+    "expert_weights": lambda: of_exchange("expert_weights_quality", figures_inference.quality),
+    "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,

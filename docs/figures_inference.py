@@ -1,0 +1,48 @@
+"""Tables of generation and of experts with 8 bits, for `docs/figures.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Table = tuple[Sequence[str], list[list[str]]]
+
+NAMES = {"none": "as they are (bfloat16)", "int8": "`int8`", "fp8": "`fp8` (e4m3)"}
+
+
+def quality(result: dict[str, Any]) -> Table:
+    """What experts of 8 bits cost."""
+    body = [
+        [
+            NAMES[row["weights"]],
+            f"{row['bits_per_byte']:.4f}",
+            "" if row["change"] is None else f"{row['change']:+.3%}",
+            f"{row['fewer_bytes']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return ["experts' weights", "bits/byte", "change", "fewer bytes"], body
+
+
+def generation(result: dict[str, Any]) -> Table:
+    """Prompts and decoding steps, by model and batch."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return "–"
+        share = row["roofline_fraction"]
+        bound = "" if share is None else f" ({share:.0%})"
+        return f"{row['ms_per_step']:.2f}{bound}"
+
+    found = {
+        (r["impl"], r["model"], r["weights"], r["batch"], r["phase"]): r for r in result["rows"]
+    }
+    keys = list(dict.fromkeys(key[:4] for key in found))
+    body = []
+    for key in keys:
+        prefill, decode = (found.get((*key, phase)) for phase in ("prefill", "decode"))
+        speed = f"{decode['tokens_per_s']:.0f}" if decode else "–"
+        body.append([f"`{key[0]}`", f"`{key[1]}`", *map(str, key[2:]), cell(prefill), cell(decode)])
+        body[-1].append(speed)
+    headings = ["", "model", "experts", "texts", "prompts, ms", "step, ms", "tokens/s"]
+    return headings, body
