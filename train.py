@@ -3,6 +3,7 @@
 python train.py                                   the tiny preset on fake CPU devices
 python train.py --preset small --data TEXT        one GPU
 python train.py --dry-run --preset mixtral-8x7b --mesh expert=8,data=8
+python train.py --init-from FOLDER --data TEXT    begins with a model's weights
 python train.py --run runs/NAME                   continues that run if it exists
 """
 
@@ -23,6 +24,7 @@ from moejax.cli import parse, run_main
 from moejax.errors import UserError
 from moejax.presets import PRESETS
 from moejax.training.config import TrainConfig
+from moejax.training.init_from import check_initialised, starting_config, tokenizer_of_weights
 
 if TYPE_CHECKING:
     from sharding.mesh import MeshShape
@@ -31,8 +33,7 @@ _DESCRIPTION = "Trains a Mixture-of-Experts language model, expert-parallel over
 PRESET_NAMES = tuple(name.replace("_", "-") for name in PRESETS)
 
 FIXED = (
-    "model",
-    "seed",
+    *("model", "init_from", "seed"),
     *(f"data.{name}" for name in ("vocab", "tokenizer", "seq_len", "batch_size")),
     *(f"data.{name}" for name in ("held_out", "held_out_paths")),
 )
@@ -77,7 +78,7 @@ def train(config: TrainConfig) -> None:
     from moejax.training.report import StepTimer, explain_layer
     from moejax.training.rundir import RunDir
     from moejax.training.session import Session
-    from moejax.training.state import Blueprint, init_state
+    from moejax.training.state import Blueprint
     from moejax.training.step import compiler_options, make_train_step
     from moejax.training.text import prepare_text
 
@@ -99,14 +100,15 @@ def train(config: TrainConfig) -> None:
             for line in explain_layer(config, shape):
                 say(line)
         resuming = run.check_config(config, FIXED, FREE)
-        text = prepare_text(config, run.load_tokenizer() if resuming else None)
+        tokenizer = run.load_tokenizer() if resuming else None
+        text = prepare_text(config, tokenizer or tokenizer_of_weights(config))
         say(describe_text(text.record))
         session = Session(run, checkpoints, blueprint, config, text)
         state = session.restore() if resuming else None
+        if state is None:
+            state = session.begin()
         run.bind_config(config, FIXED, FREE)
         run.save_tokenizer(text.tokenizer)
-        if state is None:
-            state = jax.block_until_ready(init_state(blueprint, config.seed))
         first = int(state.step)
         run.cut_metrics(first + 1)  # rows are numbered by steps done
 
@@ -180,6 +182,10 @@ def read_flags(argv: list[str]) -> TrainConfig:
     values = {f.name: getattr(default, f.name) for f in dataclasses.fields(TrainConfig)}
     flags = parse(TrainFlags(**values, preset=name), argv, "train.py", _DESCRIPTION)
     config = TrainConfig(**{name: getattr(flags, name) for name in values})
+    if config.init_from:
+        if not default.run:
+            check_initialised(config, default)
+        return dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
     needed = max(config.data.vocab, 257)  # both count the end of a document
     if not config.data.tokenizer and config.model.vocab_size < needed:
         model = dataclasses.replace(config.model, vocab_size=needed)
@@ -188,9 +194,13 @@ def read_flags(argv: list[str]) -> TrainConfig:
 
 
 def starting_point(argv: list[str]) -> tuple[TrainConfig, str]:
-    """The configuration that the flags change, and the preset's name or empty."""
+    """The configuration that the flags change, and the preset's name or empty.
+
+    Raises:
+        UserError: there is no such preset, or the folder to begin with cannot be used.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--run"):
+    for flag in ("--preset", "--run", "--init-from", "--init_from"):
         parser.add_argument(flag, nargs="?", const="")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     known, _ = parser.parse_known_args(argv)
@@ -201,12 +211,15 @@ def starting_point(argv: list[str]) -> tuple[TrainConfig, str]:
         if run is not None and (run / "config.json").exists():
             stored = RunDir(run).read_config(TrainConfig)
             return dataclasses.replace(stored, run=str(run), resume=False, dry_run=False), ""
+        if known.init_from:
+            return starting_config(known.init_from, None), ""
     name = (known.preset if known.preset is not None else "tiny").replace("_", "-")
     if name not in PRESET_NAMES:
         raise UserError(
             f"--preset {known.preset!r}: no such preset; choose one of {', '.join(PRESET_NAMES)}"
         )
-    return PRESETS[name.replace("-", "_")](), name
+    preset = PRESETS[name.replace("-", "_")]()
+    return starting_config(known.init_from, preset) if known.init_from else preset, name
 
 
 def choose_mesh(config: TrainConfig) -> MeshShape:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LatentConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    YarnConfig,
+)
 from moejax.training.config import DataConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "PRESETS",
     "deepseek_v2_lite",
+    "deepseek_v3",
+    "gpt_oss_20b",
     "mixtral_8x7b",
     "olmoe_1b_7b",
     "qwen3_30b_a3b",
@@ -172,20 +182,24 @@ def olmoe_1b_7b() -> TrainConfig:
 
 
 def deepseek_v2_lite() -> TrainConfig:
-    """DeepSeek-V2-Lite: experts as published (arXiv 2405.04434, appendix B), attention not.
+    """DeepSeek-V2-Lite: 15.7 B parameters, 2.4 B active (arXiv 2405.04434, appendix B).
 
-    The published model has 15.7 B parameters, 2.4 B active, with latent attention, which is not
-    built here: 16 heads whose queries and keys are 192 wide (128, and 64 that are rotated) and
-    whose values are 128 wide, keys and values expanded from 512 shared numbers. In its place are
-    16 query heads and 8 key-value heads of width 128, all rotated: 15 674 619 904 parameters, 32 M
-    fewer; 2 629 285 888 active, or 2.42 B without the embedding.
+    The active ones leave out the embedding. Positions are stretched as in the published
+    config.json, to 163 840 tokens.
     """
     model = ModelConfig(
         vocab_size=102_400,
         d_model=2048,
         num_layers=27,
         max_context=163_840,
-        attention=AttentionConfig(num_heads=16, num_kv_heads=8, head_dim=128),
+        attention=AttentionConfig(
+            num_heads=16,
+            num_kv_heads=16,
+            head_dim=128 + 64,
+            rope_interleaved=True,
+            yarn=YarnConfig(40, original_context=4096, mscale=0.707, mscale_all_dim=0.707),
+            latent=LatentConfig(rank=512, rope_dim=64, value_dim=128),
+        ),
         moe=MoEConfig(
             RouterConfig(num_experts=64, top_k=6, renormalize=False, load_balance_coef=0.001),
             ExpertsConfig(hidden=1408, shared_hidden=2816),
@@ -199,8 +213,86 @@ def deepseek_v2_lite() -> TrainConfig:
     return _published(model, seq_len=4096, batch_size=64, mesh="data=2,expert=8")
 
 
+def deepseek_v3() -> TrainConfig:
+    """DeepSeek-V3: 671 B parameters, 37 B active (arXiv 2412.19437, §4.2).
+
+    Without its module that predicts a further token. Loads are balanced by the selection bias, at
+    the paper's rate; the small loss beside it is counted over all tokens here, not in each
+    sequence.
+    """
+    model = ModelConfig(
+        vocab_size=129_280,
+        d_model=7168,
+        num_layers=61,
+        max_context=163_840,
+        attention=AttentionConfig(
+            num_heads=128,
+            num_kv_heads=128,
+            head_dim=128 + 64,
+            rope_interleaved=True,
+            yarn=YarnConfig(40, original_context=4096, mscale=1.0, mscale_all_dim=1.0),
+            latent=LatentConfig(rank=512, rope_dim=64, value_dim=128, query_rank=1536),
+        ),
+        moe=MoEConfig(
+            RouterConfig(
+                num_experts=256,
+                top_k=8,
+                score_function="sigmoid",
+                scaling_factor=2.5,
+                selection_bias=True,
+                bias_update_rate=0.001,
+                num_groups=8,
+                top_groups=4,
+                group_score="top2_sum",
+                load_balance_coef=1e-4,
+            ),
+            ExpertsConfig(hidden=2048, shared_hidden=2048),
+        ),
+        dense_hidden=18_432,
+        first_dense_layers=3,
+        norm_eps=1e-6,
+        scan_layers=True,
+        remat="layer",
+    )
+    return _published(model, seq_len=4096, batch_size=512, mesh="data=4,expert=64,tensor=8")
+
+
+def gpt_oss_20b() -> TrainConfig:
+    """gpt-oss-20b: 20.9 B parameters, 3.6 B active (arXiv 2508.10925, table 1).
+
+    The active ones leave out the embedding. Layers with and without a window alternate, so that
+    none can be scanned with its neighbour.
+    """
+    model = ModelConfig(
+        vocab_size=201_088,
+        d_model=2880,
+        num_layers=24,
+        max_context=131_072,
+        attention=AttentionConfig(
+            num_heads=64,
+            num_kv_heads=8,
+            head_dim=64,
+            rope_theta=150_000.0,
+            yarn=YarnConfig(32, original_context=4096, truncate=False),
+            bias=True,
+            output_bias=True,
+            sinks=True,
+        ),
+        moe=MoEConfig(
+            RouterConfig(num_experts=32, top_k=4, score_function="topk_softmax", bias=True),
+            ExpertsConfig(hidden=2880, activation="swiglu_oai", bias=True),
+        ),
+        window_by_layer=(128, 0) * 12,
+        remat="layer",
+    )
+    return _published(model, seq_len=4096, batch_size=64, mesh="data=2,expert=8")
+
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     make.__name__: make
-    for make in (tiny, small, reference, mixtral_8x7b, qwen3_30b_a3b, olmoe_1b_7b, deepseek_v2_lite)
+    for make in (
+        *(tiny, small, reference, mixtral_8x7b, qwen3_30b_a3b, olmoe_1b_7b),
+        *(deepseek_v2_lite, deepseek_v3, gpt_oss_20b),
+    )
 }
 """By name, `tiny` first."""

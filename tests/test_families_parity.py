@@ -67,10 +67,12 @@ def test_every_layer(case):
     assert (logits[..., VOCAB:] < -1e29).all()
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_on_eight_devices(case):
     check_cached(case, (1, 8, 1))
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_on_a_mesh_of_three_axes(case):
     if case.name not in ("qwen3_moe", "deepseek_v3"):
         pytest.skip("two families of different attention will do")
@@ -124,6 +126,7 @@ def test_export_is_what_was_read(case, tmp_path):
     assert (config, again.end_ids) == (source.config, source.end_ids)
 
 
+@pytest.mark.slow
 def test_export_in_bfloat16(case, tmp_path):
     source, flat = flat_of(case.folder, dtype="bfloat16")
     save_hf_folder(

@@ -22,6 +22,7 @@ from moejax.inference.text import complete
 from moejax.serving.start import load_model
 from sharding.mesh import MeshShape
 
+pytestmark = pytest.mark.slow
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 

@@ -131,6 +131,7 @@ def test_dry_run_of_a_mesh_larger_than_this_machine():
         (["--data.seq-len", "64"], ["seq_len=64", "max_context=32", "--model.max-context"]),
         (["--model.moe.router.top-k", "9"], ["top_k=9", "num_experts=8"]),
         (["--resume"], ["--resume", "no run under runs/"]),
+        (["--init-from", "nowhere"], ["nowhere", "nothing there", "name a run directory"]),
     ],
 )
 def test_flags_that_do_not_fit(argv, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -160,12 +161,17 @@ def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
                 f"{folder}: no complete checkpoint there yet; wait for the first save, or name "
                 "another model"
             )
-        arrays, kept = found[1], {}
+        arrays = found[1]
+        kept: dict[str, Any] = {}
         while arrays:
             kept |= keep(*arrays.popitem())
         return kept
 
-    return ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,))
+    from moejax.training.origin import origin_of
+
+    source = ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,))
+    origin = origin_of(source)  # of a run that began with weights of transformers
+    return dataclasses.replace(source, end_ids=origin.end_ids, bos_id=origin.bos_id)
 
 
 def _targets(blueprint: Blueprint) -> dict[str, Any]:

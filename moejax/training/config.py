@@ -107,6 +107,8 @@ class TrainConfig:
         keep: checkpoints kept.
         run: run directory; empty: a new one under runs/, or with `resume` the newest there.
         resume: continue the newest run under runs/ when `run` is empty.
+        init_from: begin with the weights, tokenizer and model of this folder: of a run, of a model,
+            or of Hugging Face transformers. Empty: random weights.
         seed: of the weights and of the order of examples.
         deterministic: the same bits run to run on GPU too (slower); on CPU they always are.
         dry_run: print parameters, FLOPs, memory and bytes moved for the mesh, and stop.
@@ -126,6 +128,7 @@ class TrainConfig:
     keep: int = 2
     run: str = ""
     resume: bool = False
+    init_from: str = ""
     seed: int = 0
     deterministic: bool = False
     dry_run: bool = False

@@ -13,16 +13,26 @@ from jax.sharding import NamedSharding
 
 from moejax.data.corpus import reference_compression
 from moejax.errors import UserError
+from moejax.inference.source import open_model
 from moejax.layer import MoEAux
 from moejax.routing.metrics import router_metrics
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
 from moejax.training.config_json import config_to_json
 from moejax.training.evaluate import Evaluator
+from moejax.training.init_from import initial_state
+from moejax.training.origin import keep_origin
 from moejax.training.pictures import draw_expert_load, draw_loss
 from moejax.training.report import StepTimer, format_duration, print_summary, step_line
 from moejax.training.rundir import RunDir
-from moejax.training.state import Blueprint, TrainState, from_logical, logical_targets, to_logical
+from moejax.training.state import (
+    Blueprint,
+    TrainState,
+    from_logical,
+    init_state,
+    logical_targets,
+    to_logical,
+)
 from moejax.training.step import BATCH_SPEC
 from moejax.training.text import Text
 from sharding.flops import peak_flops, step_flops_per_token
@@ -76,6 +86,19 @@ class Session:
             print("note: the text has changed since this run was started")
         print(f"resuming after step {step}", flush=True)
         return jax.block_until_ready(from_logical(flat, self._blueprint))
+
+    def begin(self) -> TrainState:
+        """The state of step 0: random, or a model's weights."""
+        if not self._config.init_from:
+            return jax.block_until_ready(init_state(self._blueprint, self._config.seed))
+        source = open_model(self._config.init_from)
+        state = jax.block_until_ready(
+            initial_state(self._blueprint, source, lambda line: print(line, flush=True))
+        )
+        if self._run.writable:
+            keep_origin(self._run.path, source)
+        print(f"begins with the weights of {source.path}", flush=True)
+        return state
 
     def save(self, state: TrainState) -> None:
         """Starts writing a checkpoint."""
