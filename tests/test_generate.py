@@ -54,7 +54,7 @@ def test_greedy_equals_recomputing(generator, flat, rng, caplog):
     # Other lengths, counts and settings in the same buckets compile nothing; what draws and
     # filters is a program of its own, which a first call compiles.
     others = prompts_of(rng, 20, 30, 2)
-    generator.generate(others, sampling=SamplingConfig(1.0, 3, 0.8), max_tokens=1)
+    generator.generate(others, sampling=SamplingConfig(1.0, 3, 0.8), max_tokens=3)
     with jax.log_compiles():
         again = generator.generate(prompts, sampling=GREEDY, max_tokens=12)
         sampled = generator.generate(
