@@ -328,6 +328,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
     "wire_training": lambda: of_exchange("wire_training", figures_exchange.trained_with_wires),
     "expert_weights": lambda: of_exchange("expert_weights_quality", figures_inference.quality),
+    "load_seconds": lambda: of_exchange("load_seconds", figures_inference.loading),
     "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),

@@ -46,3 +46,25 @@ def generation(result: dict[str, Any]) -> Table:
         body[-1].append(speed)
     headings = ["", "model", "experts", "texts", "prompts, ms", "step, ms", "tokens/s"]
     return headings, body
+
+
+def loading(result: dict[str, Any]) -> Table:
+    """How long a checkpoint takes to load, and how much memory beside it."""
+
+    def gb(value: float) -> str:
+        return f"{value / 1e9:.2f}"
+
+    body = [
+        [
+            f"`{row['mesh']}`",
+            "no" if row["cold"] else "yes",
+            gb(row["checkpoint_bytes"]),
+            f"{row['seconds']:.0f}",
+            gb(row["device_bytes"]),
+            gb(row["beside_bytes"]),
+            gb(row["largest_tensor_bytes"]),
+        ]
+        for row in result["rows"]
+    ]
+    headings = ["mesh", "in page cache", "GB on disk", "s", "GB on devices", "GB beside"]
+    return [*headings, "GB of the largest tensor"], body

@@ -205,7 +205,7 @@ def load_ours(folder, sizes=(1, 1, 1)):
 
 
 def run_ours(blueprint, weights, tokens_BS):
-    """The same as `run_hf` by ours, on one device."""
+    """The same as `run_hf` by ours; the rows may be split over devices, the widths may not."""
 
     def run(weights, tokens_BS):
         model = blueprint.merge(*weights)
@@ -227,8 +227,13 @@ def run_ours(blueprint, weights, tokens_BS):
         return jnp.stack(states), jnp.stack(routers), model.logits(states[-1])
 
     specs = (specs_of(blueprint.params), blueprint.bias_specs)
+    stacked = P(None, TOKEN_AXES)
     run = jax.shard_map(
-        run, mesh=blueprint.mesh, in_specs=(specs, P()), out_specs=P(), check_vma=False
+        run,
+        mesh=blueprint.mesh,
+        in_specs=(specs, P(TOKEN_AXES)),
+        out_specs=(stacked, stacked, P(TOKEN_AXES)),
+        check_vma=False,
     )
     return tuple(np.asarray(a) for a in jax.jit(run)(weights, tokens_BS))
 

@@ -58,8 +58,11 @@ def case(request, tmp_path_factory):
     return Case(request.param, folder, tokens_BS, *run_hf(model, tokens_BS))
 
 
-def test_every_layer(case):
-    blueprint, weights = load_ours(case.folder)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), pytest.param((1, 8, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_every_layer(case, sizes):
+    blueprint, weights = load_ours(case.folder, sizes)
     states, routers, logits = run_ours(blueprint, weights, case.tokens_BS)
     np.testing.assert_allclose(states, case.states, **TOLERANCE)
     np.testing.assert_allclose(routers, case.routers, **TOLERANCE)

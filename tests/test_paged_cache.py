@@ -1,6 +1,7 @@
 """The pages of the key-value cache: who reads and writes which, against loops over numpy arrays."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from moejax.errors import UserError
 from moejax.model import block
 from moejax.model.cache import KVCache, LayerCache, cache_specs, init_cache, init_pages
 from moejax.model.cached_attention import append, attend_cached
+from pallas_kernels.paged_attention import reference
 from sharding.mesh import TENSOR, TOKEN_AXES, MeshShape
 
 V, PAGE = 50, 4
@@ -67,10 +69,13 @@ def test_append_writes_the_rows_pages_and_nothing_else(with_values, rng):
         assert got.v_MPLh is None
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["together", "row by row"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kind", ["grouped", "sinks", "latent"])
-def test_attend_cached_reads_the_rows_text_only(kind, window, rng):
+def test_attend_cached_reads_the_rows_text_only(kind, window, together, rng, monkeypatch):
     """All that is not the rows' text so far is no number: one touch would show."""
+    if not together:
+        monkeypatch.setattr(reference, "GATHERED_BYTES", 1)
     pages, width, queries, heads, h = 13, 4, 3, 4, 6
     groups = 1 if kind == "latent" else 2
     counts = np.array([rng.integers(2, width + 1), 1, rng.integers(1, width)])
@@ -216,6 +221,35 @@ def test_a_latent_cache_is_one_array_for_all_heads():
         assert cache.k_MPLh.dtype == jnp.bfloat16
         shards = {s.data.shape for s in cache.k_MPLh.addressable_shards}
         assert shards == {(1, *layers_of, 3, PAGE, 12)}
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_single_tokens_row_by_row_and_in_a_window(heads, rng, monkeypatch):
+    """Fewer rows at once, and only a window's pages, change no result."""
+    rows, pages, width, h = 4, 23, 5, 6
+    k, v = (rng.normal(size=(2, pages, PAGE, h)).astype(np.float32) for _ in range(2))
+    tables = rng.permutation(pages)[: rows * width].reshape(rows, width).astype(np.int32)
+    lengths = np.array([0, 1, width * PAGE, rng.integers(2, width * PAGE)], np.int32)
+    q = rng.normal(size=(rows, heads, h)).astype(np.float32)
+
+    def run(window):
+        options = {"scale": 0.4, "window": window}
+        found = jax.jit(partial(reference.paged_attention, **options))(q, k, v, lengths, tables)
+        return np.asarray(found)
+
+    window = 2
+    whole, windowed = run(None), run(window)
+    assert not whole[0].any() and whole[1:].any()
+    for row in range(1, rows):  # a text that begins with its window
+        page, inside = np.divmod(np.arange(max(0, lengths[row] - window), lengths[row]), PAGE)
+        for n in range(heads):
+            text = (n // (heads // 2), tables[row, page], inside)
+            score = np.exp(k[text].astype(np.float64) @ q[row, n] * 0.4)
+            want = score @ v[text] / score.sum()
+            np.testing.assert_allclose(windowed[row, n], want, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(reference, "GATHERED_BYTES", 2 * 2 * 2 * width * PAGE * h * 4)
+    np.testing.assert_allclose(run(None), whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(run(window), windowed, rtol=1e-6, atol=1e-6)
 
 
 def test_init_cache_gives_each_row_a_page_of_its_device():

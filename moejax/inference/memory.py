@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import jax
 from jax import numpy as jnp
@@ -15,6 +16,7 @@ from moejax.training.state import Blueprint
 __all__ = ["default_pages", "page_bytes"]
 
 _SHARE_OF_FREE = 0.8  # the rest is for what steps need on their way
+_SHARE_OF_HOST = 0.5  # of a host's memory, where devices lie in it: others want some, too
 
 
 def page_bytes(blueprint: Blueprint, page_len: int) -> int:
@@ -36,7 +38,8 @@ def page_bytes(blueprint: Blueprint, page_len: int) -> int:
 def default_pages(blueprint: Blueprint, page_len: int, rows: int, max_len: int) -> int:
     """As many pages as `rows` texts of full length need, or as fit into the free memory.
 
-    Where a device does not say how much memory it has, as fake ones do not, all are taken to fit.
+    Devices that do not say how much memory they have, as a CPU's, share half of what their host has
+    left.
 
     Raises:
         UserError: there is no room for one text.
@@ -44,11 +47,21 @@ def default_pages(blueprint: Blueprint, page_len: int, rows: int, max_len: int) 
     of_text = -(-max_len // page_len)
     reports = [d.memory_stats() for d in blueprint.mesh.local_devices]
     free = [s["bytes_limit"] - s["bytes_in_use"] for s in reports if s and "bytes_limit" in s]
-    if not free:
+    room = min(free) * _SHARE_OF_FREE if free else _host_bytes() * _SHARE_OF_HOST / len(reports)
+    if math.isinf(room):
         return rows * of_text
-    fit = int(min(free) * _SHARE_OF_FREE) // page_bytes(blueprint, page_len)
+    fit = int(room) // page_bytes(blueprint, page_len)
     if fit < 2:
         raise UserError(
-            f"free memory of {min(free)} bytes: too little for a key-value cache; use more devices"
+            f"free memory of {room:.0f} bytes: too little for a key-value cache; use more devices"
         )
     return min(rows * of_text, fit)
+
+
+def _host_bytes() -> float:
+    """Memory that this host has left; infinite where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(n.split()[1]) for n in lines if n.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf

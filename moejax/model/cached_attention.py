@@ -15,7 +15,12 @@ from moejax.config import ModelConfig
 from moejax.model.cache import LayerCache, position_shape
 from moejax.model.dot_attention import Implementation, attend
 from pallas_kernels.paged_attention.api import Case, explain, paged_attention
-from pallas_kernels.paged_attention.reference import gather_pages, page_exists
+from pallas_kernels.paged_attention.reference import (
+    by_rows,
+    gather_pages,
+    page_exists,
+    recent_pages,
+)
 
 __all__ = [
     "append",
@@ -159,17 +164,23 @@ def attend_cached(
             sinks_N=sinks_N,
         )
         return y_BNh[:, None]
-    k_BTMh, v_BTMh = (a.astype(q_BSNh.dtype) for a in gather(cache, at_BS, tables_BN))
-    mask_BST = seen(at_BS, k_BTMh.shape[1], window)
-    return attend(
-        q_BSNh,
-        k_BTMh,
-        v_BTMh,
-        scale=scale,
-        sinks_N=sinks_N,
-        mask_BSL=mask_BST,
-        implementation=implementation,
-    )
+    heads, _, page_len, width = cache.k_MPLh.shape
+    tables_BN, at_BS = recent_pages(tables_BN, at_BS, window, page_len)
+
+    def some(q_BSNh: jax.Array, at_BS: jax.Array, tables_BN: jax.Array) -> jax.Array:
+        k_BTMh, v_BTMh = (a.astype(q_BSNh.dtype) for a in gather(cache, at_BS, tables_BN))
+        return attend(
+            q_BSNh,
+            k_BTMh,
+            v_BTMh,
+            scale=scale,
+            sinks_N=sinks_N,
+            mask_BSL=seen(at_BS, k_BTMh.shape[1], window),
+            implementation=implementation,
+        )
+
+    of_row = 2 * tables_BN.shape[1] * page_len * heads * width * q_BSNh.dtype.itemsize
+    return by_rows(some, of_row, q_BSNh, at_BS, tables_BN)
 
 
 def explain_decode(

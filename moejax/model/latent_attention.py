@@ -23,6 +23,7 @@ from moejax.model.dot_attention import attend
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.norm import rms_normalize
 from moejax.model.rope import rotate
+from pallas_kernels.paged_attention.reference import by_rows, recent_pages
 from pallas_kernels.precision import precision_of
 from sharding.collectives import enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
@@ -177,9 +178,17 @@ class LatentAttention(nnx.Module):
     def _attend_expanded(
         self, q_BSNh: jax.Array, cache: LayerCache, at_BS: jax.Array, tables_BN: jax.Array
     ) -> jax.Array:
-        kv_BTc = gather(cache, at_BS, tables_BN)[0][:, :, 0].astype(q_BSNh.dtype)
-        mask_BST = seen(at_BS, kv_BTc.shape[1], self.config.window)
-        return attend(q_BSNh, *self._expand(kv_BTc), scale=self.config.scale, mask_BSL=mask_BST)
+        window, page_len = self.config.window, cache.k_MPLh.shape[2]
+        tables_BN, at_BS = recent_pages(tables_BN, at_BS, window, page_len)
+
+        def some(q_BSNh: jax.Array, at_BS: jax.Array, tables_BN: jax.Array) -> jax.Array:
+            kv_BTc = gather(cache, at_BS, tables_BN)[0][:, :, 0].astype(q_BSNh.dtype)
+            mask_BST = seen(at_BS, kv_BTc.shape[1], window)
+            return attend(q_BSNh, *self._expand(kv_BTc), scale=self.config.scale, mask_BSL=mask_BST)
+
+        widths = q_BSNh.shape[-1] + self.latent.value_dim
+        of_row = tables_BN.shape[1] * page_len * q_BSNh.shape[2] * widths * q_BSNh.dtype.itemsize
+        return by_rows(some, of_row, q_BSNh, at_BS, tables_BN)
 
     def _attend_latents(
         self, q_BSNh: jax.Array, cache: LayerCache, at_BS: jax.Array, tables_BN: jax.Array
