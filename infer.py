@@ -104,6 +104,7 @@ def infer(config: InferConfig) -> None:
     from moejax.inference.params import SamplingParams
     from moejax.inference.source import open_model
     from moejax.serving.plain import continue_together
+    from moejax.serving.start import reading_notes
     from moejax.serving.text_model import TextModel
 
     params = SamplingParams(
@@ -115,7 +116,7 @@ def infer(config: InferConfig) -> None:
         stop=config.stop,
         max_tokens=config.max_tokens,
     )
-    source = open_model(config.model or None)
+    source = open_model(config.model or None, progress=reading_notes())
     model = TextModel.open(source, chats=False)
     prompts = read_prompts(config.prompt)
     with load(source, config, len(prompts)) as loop:

@@ -1,6 +1,7 @@
 """What the tests of the engine share: running it, and devices that only keep books."""
 
 import hashlib
+import math
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moejax.inference import engine as engine_module
+from moejax.inference import memory
 from moejax.inference.engine import Engine, EngineSettings
 from moejax.inference.sampling import RowSettings, sample
 from moejax.training.state import Blueprint, load_weights
@@ -148,6 +150,8 @@ class BookDevices:
 def book_engine(monkeypatch, devices, num_ids, max_context, **settings):
     """An engine over `BookDevices`."""
     monkeypatch.setattr(engine_module, "Programs", BookDevices)
+    # They are of no model whose pages could be weighed: all are taken to fit.
+    monkeypatch.setattr(memory, "_host_bytes", lambda: math.inf)
     config = SimpleNamespace(max_context=max_context, vocab_size=num_ids)
     mesh = SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: None)])
     blueprint = SimpleNamespace(config=config, shape=MeshShape(expert=devices), mesh=mesh)

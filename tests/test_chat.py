@@ -1,6 +1,8 @@
 """Chat templates: as transformers writes them, and what messages cannot do."""
 
+import io
 import json
+import queue
 import random
 
 import numpy as np
@@ -10,6 +12,7 @@ from data_support import SAMPLE, one_line, small_bpe
 
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
+from moejax.inference import template_process
 from moejax.inference.chat import ChatTemplate, GenerationDefaults
 from moejax.inference.text import TextStream, token_text
 
@@ -285,6 +288,23 @@ def test_hostile_templates_end_in_one_line(template, chat_of):
         with pytest.raises(UserError, match=r"the chat template") as error:
             chat.encode_chat(CHAT)
         assert len(one_line(error)) < 600
+
+
+def test_answers_of_a_template_have_a_largest_size(chat_of, monkeypatch):
+    monkeypatch.setattr(template_process, "_MAX_LINE_BYTES", 20_000)
+    refusing = "{{ raise_exception('x' * 3000000) }}"
+    for template in refusing, "{{ messages['y' * 3000000] | length + missing['x' * 3000000] }}":
+        chat, _ = chat_of(template)  # an error is cut where it is made
+        with pytest.raises(UserError, match=r"the chat template (refuses: x|fails).*x"):
+            chat.render(CHAT)
+    chat, _ = chat_of("{{ 'x' * (30000 if messages[0].content == 'long' else 3) }}")
+    for _ in range(2):
+        with pytest.raises(UserError, match="too much memory"):
+            chat.render([{"role": "user", "content": "long"}])
+        assert chat.render(CHAT) == "xxx"
+    answers = queue.Queue()
+    template_process._read_lines(io.BytesIO(b"1\n" + b"2" * 30_000 + b"\n3\n"), answers)
+    assert [answers.get() for _ in range(answers.qsize())] == [b"1\n", b""]
 
 
 @pytest.mark.parametrize(

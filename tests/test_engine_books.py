@@ -1,5 +1,6 @@
 """The engine's decisions, on devices that keep tokens in the place of keys and values."""
 
+import builtins
 import threading
 
 import numpy as np
@@ -140,6 +141,18 @@ def test_texts_of_one_request_share_their_prompt(monkeypatch, rng):
     assert engine.stats().pages_held <= 7 + 5 * 2
     results, _ = run(engine)
     assert len(results) == 5 and engine.stats().generated_tokens == 5 * 20
+
+
+def test_texts_that_wait_share_one_prompt(monkeypatch):
+    engine = book_engine(monkeypatch, 1, 50, 64, max_rows=8, page_len=4, pages=200)
+    id = engine.add([1] * 60, params(n=9, max_tokens=3, ignore_eos=True))
+    texts = engine._added[0]
+    assert len({builtins.id(text.tokens) for text in texts}) == 1
+    assert texts[0].tokens.itemsize == 4
+    results, _ = run(engine)
+    # Greedily all are the same, and none writes into another.
+    want = expected([1] * 60, 50, 63, ())
+    assert all(results[id, index] == want for index in range(9))
 
 
 def test_every_shape_is_among_all_and_holds_what_it_is_for(rng):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import ml_dtypes
@@ -10,9 +11,11 @@ import pytest
 from inference_support import random_weights
 
 from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
-from moejax.families import export
+from moejax.families import export, read_config
 from moejax.families.export import save_hf_folder
+from moejax.inference.chat import ChatTemplate, GenerationDefaults
 from moejax.inference.safetensors_file import open_safetensors, write_safetensors
 from moejax.inference.source import open_model
 from moejax.training.state import Blueprint
@@ -60,6 +63,8 @@ def refusal(folder):
     """What opening and reading say, in one line that names the folder."""
     with pytest.raises(UserError) as error:
         open_model(folder).weights(Blueprint(CONFIG, make_mesh(MeshShape())))
+        GenerationDefaults.read(folder)
+        ChatTemplate(folder, Tokenizer())
     message = str(error.value)
     assert "\n" not in message and len(message) < 1500
     assert str(folder) in message
@@ -138,16 +143,68 @@ def test_index(cut):
     assert files[0] in refusal(cut)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["config.json", WEIGHTS, "generation_config.json", "tokenizer.json", "tokenizer_config.json"],
-)
+OF_TEXTS = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+]
+
+
+@pytest.fixture
+def alarm():
+    """What waits for a pipe fails instead."""
+
+    def late(*_):
+        pytest.fail("waits for ever")  # no OSError, which the program may catch
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, INDEX, *OF_TEXTS])
 def test_links_out_of_the_folder(folder, name):
     path, outside = folder / name, folder.parent / "outside"
     outside.write_bytes(path.read_bytes() if path.exists() else b"{}")
     path.unlink(missing_ok=True)
     path.symlink_to(outside)
     assert "out of the folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, INDEX, *OF_TEXTS])
+def test_pipes_and_devices(folder, name, alarm):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert f"{name}: is no regular file" in refusal(folder)
+    path.unlink()
+    path.mkdir()
+    assert f"{name}: is no regular file" in refusal(folder)
+    path.rmdir()
+    path.symlink_to("/dev/null")
+    assert name in refusal(folder)
+    path.unlink()
+    path.symlink_to(path.name)  # a link to itself
+    refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, *OF_TEXTS])
+def test_files_that_are_too_large(folder, name):
+    megabytes = 256 if name == "tokenizer.json" else 64
+    with open(folder / name, "ab") as file:
+        file.truncate((megabytes << 20) + 1)  # takes no room on the disk
+    message = refusal(folder)
+    assert f"{name}: {(megabytes << 20) + 1} bytes, at most {megabytes << 20}" in message
+
+
+def test_names_that_are_none(cut):
+    for name in "a\0b", "x" * 300, "\ud800":
+        edit_json(cut / INDEX, lambda index, name=name: index["weight_map"].update(x=name))
+        assert "no file's name" in refusal(cut)
 
 
 def test_links_of_the_cache(folder, tmp_path):
@@ -253,6 +310,27 @@ def test_config(folder):
     assert "hidden_act='relu'" in message and "residual_scale=2" in message
     edit_json(path, lambda c: c.update(model_type="llama"))
     assert "model_type='llama'" in refusal(folder) and "qwen3_moe" in refusal(folder)
+
+
+def test_layers_that_the_weights_lack(folder, alarm):
+    edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=4000))
+    with pytest.raises(UserError, match=r"num_hidden_layers=4000 .* no layer 1;"):
+        open_model(folder)
+    edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=10**9))
+    assert "num_hidden_layers=1000000000 (a whole number from 1 to 4096)" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "field", ["vocab_size", "rms_norm_eps", "rope_theta", "num_local_experts", "hidden_size"]
+)
+def test_numbers_that_are_too_large(folder, field):
+    config = json.loads((folder / "config.json").read_text())
+    for value in 10**400, -(10**400), float("inf"), float("nan"):
+        with pytest.raises(UserError, match=f"{field}=") as error:
+            read_config({**config, field: value})
+        assert len(str(error.value)) < 400
+    with pytest.raises(UserError, match=r"vocab_size=10000.* \(a whole number"):
+        read_config({**config, "vocab_size": 10**30})
 
 
 @pytest.mark.parametrize("ids", [70, -1, "2", [1, 99], [True]])

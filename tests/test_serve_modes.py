@@ -183,8 +183,31 @@ def test_batch(script, tmp_path):
     code, printed, err = script(*flags)
     assert (code, printed) == (1, "") and err[-1].startswith("[1 answered, 1 failed, 0 were there")
     assert out.read_bytes().count(b"\n") == 2
+    # Done with is not done well.
     code, _, err = script(*flags)
-    assert code == 0 and err[-1].startswith("[0 answered, 0 failed, 2 were there")
+    assert code == 1 and err[-1].startswith("[0 answered, 0 failed, 2 were there (1 failed)")
+    out.write_bytes(b"".join(n for n in out.read_bytes().splitlines(True) if b'"a"' in n))
+    requests.write_text(json.dumps(line) + "\n")
+    code, _, err = script(*flags)
+    assert code == 0 and err[-1].startswith("[0 answered, 0 failed, 1 were there;")
+
+
+def test_what_modes_ask_of_the_model(model, monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def loaded(config, name="", **options):
+        asked[type(config)] = name, options
+        return contextlib.nullcontext(model)
+
+    monkeypatch.setattr(batch, "running_model", loaded)
+    monkeypatch.setattr(bench, "running_model", loaded)
+    (tmp_path / "in").write_text("")
+    files = ("-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"))
+    assert infer.main(["batch", *files, "--name", "other"]) == 0
+    assert infer.main(["bench", "--loads", "1", "--requests", "1", "--max-tokens", "1"]) == 0
+    assert asked[batch.BatchConfig][0] == "other"
+    # The same prompts come again: what an engine keeps of them must not be measured.
+    assert asked[bench.BenchConfig][1]["prefix_reuse"] is False
 
 
 def test_bench(script, tmp_path):
@@ -230,6 +253,19 @@ def test_routes(script, folder, flat, tmp_path, mesh, rng):
     assert found["layers"].tolist() == [0, 1]
     np.testing.assert_array_equal(found["counts"].sum(axis=1), 2 * tokens)
     np.testing.assert_array_equal(found["counts"], by_windows(flat, text.encode()))
+
+
+def test_routes_begin_as_the_model_wants(folder, monkeypatch, tmp_path):
+    source, seen = dataclasses.replace(open_model(folder), bos_id=11), []
+    monkeypatch.setattr("moejax.inference.source.open_model", lambda *_, **__: source)
+    monkeypatch.setattr(routes, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(routes, "load_model", lambda *_: (None, None, None))
+    monkeypatch.setattr(
+        routes, "count_routes", lambda *args: seen.append(args[-1].tolist()) or np.ones((2, 4))
+    )
+    counts = str(tmp_path / "c.npz")
+    assert infer.main(["routes", "-p", "ab", "--counts", counts, "--picture", ""]) == 0
+    assert seen == [[11, 97, 98]]
 
 
 def by_windows(flat, data):
@@ -288,6 +324,45 @@ def test_flags_reach_the_engine(folder, monkeypatch):
     while engine.has_work:
         made += [token for event in engine.step() for token in event.tokens]
     assert len(made) == 2
+
+
+def test_few_pages_are_told(folder, monkeypatch, capsys):
+    monkeypatch.setattr(start, "keep_compiled_programs", lambda: None)
+    flags = EngineFlags(model=str(folder), mesh="1x1x1", max_rows=1, page_len=8, pages=3)
+    assert make_engine(open_model(folder), flags).max_len == 24
+    assert capsys.readouterr().err == (
+        "texts of at most 24 tokens, not 96: --pages 3 hold no more\n"
+    )
+    with running_model(flags, chats=False, prefix_reuse=False) as (_, loop):
+        assert not loop.engine.settings.prefix_reuse
+    with pytest.raises(UserError, match="hold 24 tokens, fewer than --max-len 25"):
+        dataclasses.replace(flags, max_len=25)
+
+
+def test_progress_is_told(folder, monkeypatch, capsys):
+    asked = []
+
+    def opened(path, report=None, progress=None):
+        asked.append(progress)
+        return open_model(folder)
+
+    monkeypatch.setattr("moejax.inference.source.open_model", opened)
+    monkeypatch.setattr(start, "keep_compiled_programs", lambda: None)
+    flags = EngineFlags(mesh="1x1x1", max_rows=1, max_len=16)
+    with running_model(flags, chats=False):
+        pass
+    monkeypatch.setattr(infer, "load", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(console, "interact", lambda *_: None)
+    monkeypatch.setattr(console, "read_prompts", lambda *_: [])
+    assert infer.main([]) == 0
+    capsys.readouterr()
+    for progress in asked:
+        progress(1, 2)
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(start, "_NOTE_SECONDS", -1)
+    for progress in asked:
+        progress(1_500_000_000, 4_000_000_000)
+    assert capsys.readouterr().err == "read 1.5 of 4.0 GB of weights\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ __all__ = ["GATE_UP", "Sizes", "decoder_rules", "dense_prefix", "read_sizes", "w
 GATE_UP = ("gate_proj", "up_proj")
 """Their names of a gated MLP's input projections, in our order."""
 
+_MOST_LAYERS = 4096  # lists are made of them before the weights are looked at
+
 _DTYPES: dict[Any, ComputeDtype] = {
     "bfloat16": "bfloat16",
     "float16": "bfloat16",  # its range would need a scaled loss, its numbers fit a float32
@@ -70,7 +72,9 @@ def read_sizes(fields: Fields, defaults: Mapping[str, Any]) -> Sizes:
     return Sizes(
         vocab_size=fields.whole("vocab_size", defaults["vocab_size"]),
         d_model=fields.whole("hidden_size", defaults["hidden_size"]),
-        num_layers=fields.whole("num_hidden_layers", defaults["num_hidden_layers"]),
+        num_layers=fields.whole(
+            "num_hidden_layers", defaults["num_hidden_layers"], most=_MOST_LAYERS
+        ),
         max_context=fields.whole("max_position_embeddings", defaults["max_position_embeddings"]),
         num_heads=heads,
         num_kv_heads=fields.whole("num_key_value_heads", defaults["num_key_value_heads"] or heads),

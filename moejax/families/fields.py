@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ from moejax.errors import UserError
 __all__ = ["Fields", "UnknownModelError", "is_number", "short"]
 
 T = TypeVar("T")
+
+_MOST = 2**31 - 1  # of a whole number: sizes and ids are int32
 
 _OF_FILES = """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path architectures
@@ -88,7 +90,9 @@ class Fields:
         self._seen.add(name)
         return self.data.get(name)
 
-    def whole(self, name: str, default: int, *aliases: str, least: int = 1) -> int:
+    def whole(
+        self, name: str, default: int, *aliases: str, least: int = 1, most: int = _MOST
+    ) -> int:
         """A whole number.
 
         Args:
@@ -96,6 +100,7 @@ class Fields:
             default: where it is missing or null.
             aliases: other names of it; of several that are there all must agree.
             least: the smallest that makes sense.
+            most: the largest.
         """
         names = (name, *aliases)
         found = {n: value for n in names if (value := self.raw(n)) is not None}
@@ -103,8 +108,8 @@ class Fields:
             said = ", ".join(f"{n}={short(v)}" for n, v in found.items())
             self.problems.append(f"{said} (they must be the same)")
         for n, value in found.items():
-            if type(value) is not int or value < least:
-                self.problems.append(f"{n}={short(value)} (a whole number from {least} on)")
+            if type(value) is not int or not least <= value <= most:
+                self.problems.append(f"{n}={short(value)} (a whole number from {least} to {most})")
                 return default
             return value
         return default
@@ -137,12 +142,16 @@ class Fields:
         return value
 
     def wholes(self, name: str) -> tuple[int, ...] | None:
-        """A list of whole numbers from 0 on, or None."""
+        """A list of whole numbers of at least 0, or None."""
         value = self.raw(name)
         if value is None:
             return None
-        if not isinstance(value, list) or any(type(i) is not int or i < 0 for i in value):
-            self.problems.append(f"{name}={short(value)} (a list of whole numbers from 0 on)")
+        if not isinstance(value, list) or any(
+            type(i) is not int or not 0 <= i <= _MOST for i in value
+        ):
+            self.problems.append(
+                f"{name}={short(value)} (a list of whole numbers from 0 to {_MOST})"
+            )
             return None
         return tuple(value)
 
@@ -180,8 +189,8 @@ class Fields:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value of JSON is a finite number that fits a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def short(value: Any) -> str:

@@ -19,8 +19,14 @@ from moejax.errors import UserError
 from moejax.families import bindings, read_config
 from moejax.families.fields import short
 from moejax.families.quantized import dequantized
-from moejax.families.tensors import file_in, open_tensors
-from moejax.inference.folder_files import listed, read_json
+from moejax.families.tensors import open_tensors
+from moejax.inference.folder_files import (
+    TOKENIZER_BYTES,
+    file_in,
+    listed,
+    read_json,
+    read_small,
+)
 from moejax.inference.stored import Keep, keep_all
 
 if TYPE_CHECKING:
@@ -33,7 +39,7 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those in all."""
 
 _PASSED_OVER = re.compile(r".*\.rotary_emb\.inv_freq")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,13 @@ class HfFolder:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a folder claims to hold a model of transformers."""
+    """Whether a folder claims to hold a model of transformers.
+
+    Raises:
+        UserError: its config.json is too large, or something else than a file.
+    """
     try:
-        head = json.loads((path / "config.json").read_bytes())
+        head = json.loads(read_small(path / "config.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(head, dict) and "model_type" in head and "format" not in head
@@ -157,8 +167,20 @@ def open_hf_folder(path: Path) -> HfFolder:
         tensors = dequantized(_of_model(stored, config, hf), hf.get("quantization_config"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    _check_layers(path, tensors, config)
     tokenizer, end_ids, bos_id = _read_tokenizer(path, hf, config)
     return HfFolder(path, config, hf["model_type"], tokenizer, end_ids, bos_id, tensors)
+
+
+def _check_layers(path: Path, tensors: Iterable[str], config: ModelConfig) -> None:
+    """Refuses layers that only config.json has, before a model of so many is built."""
+    found = {int(layer[1]) for name in tensors if (layer := _LAYER.match(name))}
+    missing = next((layer for layer in range(config.num_layers) if layer not in found), None)
+    if missing is not None:
+        raise UserError(
+            f"{path}: num_hidden_layers={config.num_layers} in config.json, and the weights have "
+            f"no layer {missing}; fetch the whole folder again"
+        )
 
 
 def _of_model(
@@ -195,8 +217,10 @@ def _read_tokenizer(
         bos_id = begins[0] if begins and settings.get("add_bos_token") is True else None
         return None, _unique(end_ids), bos_id
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, TOKENIZER_BYTES).decode()
         model = tokenizers.Tokenizer.from_str(text)
+    except UserError:
+        raise
     except Exception as error:  # the package raises bare Exception
         raise UserError(
             f"{path}: not a tokenizer ({str(error).splitlines()[0]}); fetch it again"

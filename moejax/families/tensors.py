@@ -1,8 +1,6 @@
-"""The files of a checkpoint of transformers, and the tensors in its safetensors files, mapped.
+"""The tensors in the safetensors files of a checkpoint of transformers, mapped.
 
-Nothing is unpickled, and nothing outside of the folder is read. The one exception are the links of
-transformers' own cache, where `models--NAME/snapshots/COMMIT/FILE` is a link into
-`models--NAME/blobs/`.
+Nothing is unpickled, and nothing outside of the folder is read (`file_in`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.inference.folder_files import listed, read_json
+from moejax.inference.folder_files import file_in, listed, read_json
 from moejax.inference.safetensors_file import open_safetensors
 
 __all__ = ["INDEX", "SINGLE", "file_in", "open_tensors"]
@@ -20,22 +18,6 @@ __all__ = ["INDEX", "SINGLE", "file_in", "open_tensors"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def file_in(folder: Path, name: str) -> Path:
-    """The path of a file of a folder, there or not.
-
-    Raises:
-        UserError: the name, or a link, leads out of the folder.
-    """
-    path = folder / name
-    root = _root(folder.resolve())
-    if Path(name).name != name or not path.resolve().is_relative_to(root):
-        raise UserError(
-            f"{folder}: {name!r} leads out of the folder, to {path.resolve()}: put the file itself "
-            "there"
-        )
-    return path
 
 
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -88,10 +70,3 @@ def _open_listed(folder: Path) -> dict[str, np.ndarray]:
             "again"
         )
     return tensors
-
-
-def _root(folder: Path) -> Path:
-    """Where a folder's links may lead: the folder, or its model's part of transformers' cache."""
-    model = folder.parent.parent
-    cached = folder.parent.name == "snapshots" and model.name.startswith("models--")
-    return model if cached else folder

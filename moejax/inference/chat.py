@@ -24,6 +24,7 @@ from moejax.data.special_tokens import Written
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.inference.defaults import GenerationDefaults, read_object
+from moejax.inference.folder_files import file_in, read_small
 from moejax.inference.messages import ROLES, Message, read_messages, read_variables
 from moejax.inference.template_process import TemplateProcess
 
@@ -64,7 +65,8 @@ class ChatTemplate:
             seconds: most time for rendering a chat.
 
         Raises:
-            UserError: a file is damaged, jinja2 is missing, or the template does not compile.
+            UserError: a file is damaged or leads out of the folder, jinja2 is missing, or the
+                template does not compile.
         """
         self._tokenizer = tokenizer
         self._bos_id = bos_id
@@ -72,11 +74,10 @@ class ChatTemplate:
         self._names: dict[str, str] = {}
         text = None
         if folder is not None:
-            config = read_object(folder / "tokenizer_config.json")
+            config = read_object(folder, "tokenizer_config.json")
             text, source = _find_template(folder, config)
-            self._names = _token_names(
-                {**read_object(folder / "special_tokens_map.json"), **config}
-            )
+            named = read_object(folder, "special_tokens_map.json")
+            self._names = _token_names({**named, **config})
         if text is not None:
             self._process = TemplateProcess(text, source, seconds)
         self.stop = () if text is not None else tuple(f"\n{role}:" for role in ROLES)
@@ -230,9 +231,9 @@ def _plain(messages: list[Message], add_generation_prompt: bool) -> str:
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
     """The text of the template and where it stands."""
-    path = folder / "chat_template.jinja"
+    path = file_in(folder, "chat_template.jinja")
     try:
-        return path.read_bytes().decode(), str(path)
+        return read_small(path).decode(), str(path)
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
+from moejax.inference.folder_files import file_in, read_small
 from moejax.inference.params import SamplingParams
 
 __all__ = ["GenerationDefaults"]
@@ -53,7 +54,7 @@ class GenerationDefaults:
             UserError: the file cannot be read or holds a value out of range.
         """
         path = folder / "generation_config.json"
-        data = read_object(path)
+        data = read_object(folder, path.name)
         values = {ours: data[name] for name, ours in _NAMES.items() if data.get(name) is not None}
         if data.get("do_sample") is False:
             values["temperature"] = 0.0
@@ -68,14 +69,15 @@ class GenerationDefaults:
         return cls(values, tuple(ends))
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is no file.
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object of a file of a folder; empty where there is no file.
 
     Raises:
-        UserError: it cannot be read or is no JSON object.
+        UserError: it leads out of the folder, cannot be read or is no JSON object.
     """
+    path = file_in(folder, name)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_small(path))
     except FileNotFoundError:
         return {}
     except OSError as error:

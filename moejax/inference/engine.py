@@ -140,7 +140,7 @@ class Engine:
             self._unstarted.add(request)
         texts = make_texts(
             request,
-            tokens.tolist(),
+            tokens,
             params,
             max_len=self.max_len,
             end_ids=self._end_ids,
@@ -317,7 +317,7 @@ class Engine:
         if token in text.ends:
             self._finish(text, "stop")
             return Event(text.id, text.index, finish="stop", stop_id=token)
-        text.tokens.append(token)
+        text.learn_token(token)
         self._scheduler.learn(text)
         self._generated += 1
         finish: Finish | None = "length" if len(text.tokens) == text.limit else None

@@ -1,10 +1,18 @@
-"""The files of a model folder: reading, checking and replacing them."""
+"""The files of a model folder: reading, checking and replacing them.
+
+A folder may come from anybody. So nothing outside of it is read, a file must be a file (reading a
+pipe may never end), and what is read as a whole has a largest size. The one exception to the first
+are the links of transformers' own cache, where `models--NAME/snapshots/COMMIT/FILE` is a link into
+`models--NAME/blobs/`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +21,84 @@ from moejax.errors import UserError
 from moejax.training.files import disk_errors
 
 __all__ = [
+    "TOKENIZER_BYTES",
+    "check_regular",
     "check_weights",
     "contents",
     "describe_file",
+    "file_in",
     "listed",
     "put_in_place",
     "read_json",
+    "read_small",
     "write_json",
 ]
 
+TOKENIZER_BYTES = 256 << 20
+"""Largest tokenizer.json; those of 250,000 ids take some 30 MB."""
+
+_SMALL_BYTES = 64 << 20  # an index of 100,000 tensors takes some 10 MB
+_NAME_BYTES = 255  # of a file, on the usual systems
 _LISTED = 20  # names in one message
+
+
+def file_in(folder: Path, name: str) -> Path:
+    """The path of a file of a folder, there or not.
+
+    Raises:
+        UserError: the name, or a link, leads out of the folder, or it can be no name of a file.
+    """
+    path = folder / name
+    try:
+        if len(os.fsencode(name)) > _NAME_BYTES:
+            raise ValueError(f"longer than {_NAME_BYTES} bytes")
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise UserError(
+            f"{folder}: {name!r:.80}: no file's name, or a link that leads nowhere "
+            f"({str(error)[:80]}); put the file itself there"
+        ) from None
+    if Path(name).name != name or not target.is_relative_to(_root(folder.resolve())):
+        raise UserError(
+            f"{folder}: {name!r} leads out of the folder, to {target}: put the file itself there"
+        )
+    return path
+
+
+def check_regular(path: Path) -> int:
+    """The size of a file in bytes, after checking that it is no pipe, device or folder.
+
+    Raises:
+        OSError: it is missing or out of reach.
+        UserError: it is something else than a file.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: is no regular file; put the file itself there")
+    return found.st_size
+
+
+def read_small(path: Path, limit: int = _SMALL_BYTES) -> bytes:
+    """The content of a file that is read as a whole.
+
+    Args:
+        path: the file.
+        limit: most bytes.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        UserError: it is larger, or something else than a file.
+    """
+    size = check_regular(path)
+    if size <= limit:
+        with open(path, "rb") as file:
+            # Some files of the system are longer than they say.
+            data = file.read(limit + 1)
+        if len(data) <= limit:
+            return data
+    raise UserError(
+        f"{path}: {size} bytes, at most {limit} are read; restore it from where the model came from"
+    )
 
 
 def check_weights(path: Path, arrays: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
@@ -68,10 +144,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file is missing, too large, no file, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); check the path"
@@ -121,3 +197,10 @@ def listed(names: list[str]) -> str:
     """Some words for a message, no more than fit one."""
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def _root(folder: Path) -> Path:
+    """Where a folder's links may lead: the folder, or its model's part of transformers' cache."""
+    model = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and model.name.startswith("models--")
+    return model if cached else folder

@@ -37,7 +37,7 @@ class SamplingParams:
     stop_token_ids: ids that end the text beside the model's own.
     ignore_eos: the model's own end ids do not end the text.
     max_tokens: most tokens of the text; None: as many as the context holds.
-    min_tokens: no end id and no stop id comes before so many tokens.
+    min_tokens: no end id and no stop id comes before so many tokens, and no stop string counts.
     logprobs: log-probabilities of each token and of so many most probable ones; None: none.
     presence_penalty: taken off the logit of each token that the text has.
     frequency_penalty: taken off, for each time that the text has the token.

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax.errors import UserError
+from moejax.inference.folder_files import check_regular
 
 __all__ = ["header_bytes", "open_safetensors", "write_safetensors"]
 
@@ -41,6 +42,8 @@ _DTYPES: dict[str, Any] = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 _METADATA = "__metadata__"
+_MOST_DIMS = 32  # of an array of every numpy
+_MOST_BYTES = 1 << 48  # of a tensor, and what addresses have
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -53,11 +56,11 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         Name to read-only array of any dtype of the format up to 64 bits.
 
     Raises:
-        UserError: the file is missing, truncated, or not what its header says.
+        UserError: the file is missing, truncated, no file, or not what its header says.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = check_regular(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -154,10 +157,17 @@ def _checked(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ..
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, stop))
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"the header's entry of {name} cannot be read") from None
-    if not whole or stop - begin != dtype.itemsize * math.prod(shape):
-        raise _damaged(
-            path, f"{name} has shape {list(shape)} of {dtype} in bytes {begin} to {stop}"
-        )
+    # An empty tensor may claim any length beside its zero, which numpy multiplies all the same.
+    sound = (
+        whole
+        and len(shape) <= _MOST_DIMS
+        and dtype.itemsize * math.prod(n or 1 for n in shape) <= _MOST_BYTES
+        and stop <= 2**63
+        and stop - begin == dtype.itemsize * math.prod(shape)
+    )
+    if not sound:
+        said = f"has shape {list(shape)!s:.200} of {dtype} in bytes {begin!s:.80} to {stop!s:.80}"
+        raise _damaged(path, f"{name:.200} {said}")
     return dtype, shape, begin, stop
 
 

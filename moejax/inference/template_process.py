@@ -22,6 +22,7 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _MEMORY_BYTES = 1 << 30
 _MAX_TEMPLATE_CHARS = 1 << 20
 _MAX_CHARS = 1 << 24
+_MAX_LINE_BYTES = 1 << 28  # three texts of the longest messages, escaped
 _START_S = 60.0  # a busy machine may take long to start Python
 
 
@@ -155,7 +156,8 @@ class _Worker:
 
 def _read_lines(stream: Any, answers: queue.Queue[bytes]) -> None:
     with stream:
-        for line in stream:
+        # A line that is longer ends the process, as its output is closed.
+        while (line := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
             answers.put(line)
     answers.put(b"")
 

@@ -21,6 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 _NEEDS = (3, 1, 6)  # older ones let templates out of the sandbox
+_ERROR_CHARS = 1000
 
 
 class _Refused(Exception):
@@ -113,9 +114,11 @@ def _answer(answer: Any) -> None:
 
 
 def _error(error: Exception) -> dict[str, str]:
+    # The template may have written the text.
+    said = str(error)[:_ERROR_CHARS]
     if isinstance(error, _Refused):
-        return {"refused": str(error)}
-    return {"error": f"{type(error).__name__}: {error}"}
+        return {"refused": said}
+    return {"error": f"{type(error).__name__}: {said}"}
 
 
 def _main() -> None:

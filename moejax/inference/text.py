@@ -60,11 +60,16 @@ class TextStream:
     Special tokens are no text, as in vLLM (`skip_special_tokens`). Text that may yet turn out to
     begin a stop string is held back until that is decided. Of several stop strings the first to be
     complete counts, and the longest of those that end together, so that the result does not depend
-    on where tokens end.
+    on where tokens end. As in vLLM one that the first `min_tokens` tokens complete is plain text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
         """Begins a text.
+
+        Args:
+            tokenizer: of the text.
+            stop: strings that end it.
+            min_tokens: tokens, special ones included, in which no stop string is looked for.
 
         Raises:
             UserError: a stop string is empty.
@@ -74,11 +79,14 @@ class TextStream:
         self._decoder = StreamDecoder(tokenizer)
         self._stop = tuple(stop)
         self._special = tokenizer.special.names
+        self._left = min_tokens
         self._held = ""
+        self._early = 0  # characters at the head of `_held` that the first `min_tokens` made
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that is now certain, maybe none."""
+        self._left -= 1
         if token in self._special:
             return ""
         return self._take(self._decoder.push(token))
@@ -94,7 +102,13 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        starts = [(self._held.find(stop), stop) for stop in self._stop]
+        if self._left >= 0:
+            self._early = len(self._held)
+        # A stop string may begin in the early text, but not end there.
+        starts = [
+            (self._held.find(stop, max(0, self._early - len(stop) + 1)), stop)
+            for stop in self._stop
+        ]
         found = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if found:
             self.stopped = True
@@ -102,6 +116,7 @@ class TextStream:
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
+        self._early = max(0, self._early - cut)
         return shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,8 @@ class Text:
     """One text of a request on its way through the engine; only the engine's thread changes it.
 
     id, index: see `Event`.
-    tokens: the prompt and what the host knows of the continuation.
+    tokens: the prompt and what the host knows of the continuation; texts of one request share
+        their prompt until `learn_token`.
     prompt_len: tokens of the prompt.
     limit: most tokens of the text, prompt included.
     ends: ids that end it.
@@ -42,7 +44,7 @@ class Text:
 
     id: int
     index: int
-    tokens: list[int]
+    tokens: array[int]
     prompt_len: int
     limit: int
     ends: frozenset[int]
@@ -72,10 +74,16 @@ class Text:
         """Sorts texts by their coming; the largest is the youngest."""
         return self.id, self.index
 
+    def learn_token(self, token: int) -> None:
+        """Adds a token that has been drawn."""
+        if len(self.tokens) == self.prompt_len:
+            self.tokens = self.tokens[:]  # from here on its own
+        self.tokens.append(token)
+
 
 def make_texts(
     request: int,
-    prompt: list[int],
+    prompt: np.ndarray,
     params: SamplingParams,
     *,
     max_len: int,
@@ -87,7 +95,7 @@ def make_texts(
 
     Args:
         request: its id.
-        prompt: its tokens.
+        prompt: its tokens, integers [n].
         params: how to continue it; without a seed it gets a fresh one.
         max_len: most tokens of a text.
         end_ids: of the model.
@@ -101,12 +109,14 @@ def make_texts(
     seed = params.seed
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    # Four bytes a token, once for all texts: thousands of long prompts may wait.
+    shared = array("i", prompt.astype(np.int32).tobytes())
     texts = []
     for index in range(params.n):
         # As in vLLM no id that could end a text comes before `min_tokens`, even if it is ignored.
         early = sorted(ends.union(end_ids))
         row = RowChoice.packed(params, seed, stream + index, len(prompt), early)
-        text = Text(request, index, list(prompt), len(prompt), limit, ends, row)
+        text = Text(request, index, shared, len(prompt), limit, ends, row)
         text.logprobs, text.penalized = params.logprobs, params.has_penalties
         text.level = max(least, level_of([params]))
         texts.append(text)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,6 +116,9 @@ class _Generate:
     def __init__(self, kind: Kind, model: TextModel, loop: EngineLoop, settings: AppSettings):
         self._kind: Kind = kind
         self._model, self._loop, self._settings = model, loop, settings
+        self._reading = 0
+        # Chats are rendered one after the other: they must not fill the threads of all.
+        self._threads = ThreadPoolExecutor(1, "moejax-chats") if kind == "chat" else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings, seconds = self._settings, self._settings.request_seconds
@@ -124,17 +128,31 @@ class _Generate:
                 Request(scope, receive),
                 max_bytes=settings.max_body,
                 seconds=settings.body_seconds,
+                refusing=lambda: self._loop.refusing,
             )
             async with asyncio.timeout(seconds):
-                # In another thread, as long texts and chat templates take their time.
-                job = await asyncio.to_thread(read_job, self._kind, body, self._model)
-                await self._answer(job, exchange)
+                await self._answer(await self._read(body), exchange)
         except ClientDisconnect:
             return
         except TimeoutError:
             await exchange.fail(ApiError(504, f"no answer within {seconds:g} seconds"))
         except ApiError as error:
             await exchange.fail(error)
+
+    async def _read(self, body: Any) -> Job:
+        """The job of a body, made in another thread: long texts and templates take their time."""
+        engine = self._loop.engine
+        if self._reading >= engine.settings.max_waiting:
+            raise ApiError(
+                429, f"{self._reading} requests wait already: try again later", code="queue_full"
+            )
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, read_job, self._kind, body, self._model, engine.max_len
+            )
+        finally:
+            self._reading -= 1
 
     async def _answer(self, job: Job, exchange: _Exchange) -> None:
         answer = Answer(job, self._model)

@@ -10,6 +10,7 @@ import os
 import queue
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Annotated, Any
 
@@ -52,32 +53,39 @@ class BatchConfig(EngineFlags):
     Attributes:
         input: file of requests, a JSON object each line.
         output: file that answers are appended to, as they are finished.
+        name: of the model, as the requests name it; the folder's if not given.
     """
 
     input: Annotated[str, tyro.conf.arg(aliases=["-i"], metavar="FILE")] = ""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of a batch: lines answered and refused now, and found answered before; tokens made."""
+    """Of a batch: lines answered and refused now, and found in the output; tokens made.
+
+    failed_before: of the lines found in the output, how many were refused.
+    """
 
     answered: int
     failed: int
     skipped: int
     tokens: int
     seconds: float
+    failed_before: int = 0
 
     def __str__(self) -> str:
         speed = self.tokens / max(self.seconds, 1e-9)
+        before = f" ({self.failed_before} failed)" if self.failed_before else ""
         return (
-            f"[{self.answered} answered, {self.failed} failed, {self.skipped} were there; "
+            f"[{self.answered} answered, {self.failed} failed, {self.skipped} were there{before}; "
             f"{self.tokens} tokens in {self.seconds:.1f} s, {speed:.1f} tokens/s]"
         )
 
 
 def main(config: BatchConfig) -> int:
-    """The mode `batch` of `infer.py`: 0 if no line failed, else 1.
+    """The mode `batch` of `infer.py`: 0 if no line failed, now or in an earlier run, else 1.
 
     Raises:
         UserError: whatever a user can mend.
@@ -91,17 +99,17 @@ def main(config: BatchConfig) -> int:
     with (
         open_input(config.input) as source,
         open_output(config.output) as (out, done),
-        running_model(config) as (model, loop),
+        running_model(config, name=config.name) as (model, loop),
     ):
         result = run_batch(source, out, done, model, loop, 2 * config.max_rows)
     note(str(result))
-    return 1 if result.failed else 0
+    return 1 if result.failed or result.failed_before else 0
 
 
 def run_batch(
     source: IO[bytes],
     out: IO[bytes],
-    done: set[str],
+    done: Mapping[str, bool],
     model: TextModel,
     loop: EngineLoop,
     together: int,
@@ -111,7 +119,7 @@ def run_batch(
     Args:
         source: the requests.
         out: gets a line for each, whole, as soon as it is answered.
-        done: names of lines that have been answered, see `name_of`.
+        done: names of lines that the output holds, see `name_of`, and whether they failed.
         model: what answers.
         loop: runs the engine.
         together: requests under way at once.
@@ -128,12 +136,18 @@ class _Line:
 
 class _Batch:
     def __init__(
-        self, out: IO[bytes], done: set[str], model: TextModel, loop: EngineLoop, together: int
+        self,
+        out: IO[bytes],
+        done: Mapping[str, bool],
+        model: TextModel,
+        loop: EngineLoop,
+        together: int,
     ):
         self._out, self._done, self._model, self._loop = out, done, model, loop
         # The loop's thread leaves pieces here.
         self._pieces: queue.Queue[tuple[_Line, Piece]] = queue.Queue()
         self._together = min(together, loop.engine.settings.max_waiting)
+        self._longest = loop.engine.max_len
         self._under_way = 0
         self._result = Result(0, 0, 0, 0, 0.0)
 
@@ -162,22 +176,27 @@ class _Batch:
                 raise ApiError(400, f"custom_id {name!r:.80}: an earlier line has it, too")
             seen.add(name)
             custom_id = name
-            if name_of(number, custom_id) in self._done:
-                self._count(skipped=1)
+            if self._skip(name_of(number, custom_id)):
                 return
-            job = read_job(ENDPOINTS[request["url"]], request["body"], self._model)
+            job = read_job(ENDPOINTS[request["url"]], request["body"], self._model, self._longest)
             if job.stream:
                 raise ApiError(400, "stream=True: a file has no streams; leave it out")
             self._submit(_Line(number, custom_id, Answer(job, self._model)), job)
         except ApiError as error:
             if error.status >= 500:
                 raise UserError(error.message) from None
-            if name_of(number, custom_id) in self._done:
-                self._count(skipped=1)
+            if self._skip(name_of(number, custom_id)):
                 return
             self._write_error(number, custom_id, error)
         else:
             self._under_way += 1
+
+    def _skip(self, name: str) -> bool:
+        """Whether a line is in the output already; counts it then."""
+        if name not in self._done:
+            return False
+        self._count(skipped=1, failed_before=int(self._done[name]))
+        return True
 
     def _submit(self, line: _Line, job: Job) -> None:
         while True:

@@ -74,8 +74,8 @@ def open_input(path: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def open_output(path: str) -> Iterator[tuple[IO[bytes], set[str]]]:
-    """The file to append to, and the names of lines that it answers.
+def open_output(path: str) -> Iterator[tuple[IO[bytes], dict[str, bool]]]:
+    """The file to append to, and the names of lines that it answers, with whether they failed.
 
     Raises:
         UserError: it cannot be written, another program writes it, or it is no such file.
@@ -103,9 +103,10 @@ def _lock(out: IO[bytes], path: str) -> None:
         ) from None
 
 
-def _answered(out: IO[bytes], path: str) -> set[str]:
-    """Names of the lines in the file, which then ends behind its last whole line."""
-    done, end = set(), 0
+def _answered(out: IO[bytes], path: str) -> dict[str, bool]:
+    """Whether each line in the file failed; the file then ends behind its last whole line."""
+    done: dict[str, bool] = {}
+    end = 0
     with open(os.dup(out.fileno()), "rb") as reader:
         for number, data in enumerate(reader, 1):
             if not data.endswith(b"\n"):
@@ -114,11 +115,12 @@ def _answered(out: IO[bytes], path: str) -> set[str]:
             try:
                 line = json.loads(data)
                 custom_id, line_id = line["custom_id"], line["id"]
-            except (ValueError, KeyError, TypeError, RecursionError):
+                failed = (line.get("response") or {}).get("status_code") != 200
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(
                     f"--output {path}: line {number} is no answer of a batch; name another file"
                 ) from None
-            done.add(f"line {line_id}" if custom_id is None else f"id {custom_id}")
+            done[f"line {line_id}" if custom_id is None else f"id {custom_id}"] = failed
     out.truncate(end)
     out.seek(end)
     return done

@@ -98,14 +98,15 @@ def main(config: BenchConfig) -> None:
     Raises:
         UserError: whatever a user can mend.
     """
-    with running_model(config, chats=False) as (model, loop):
+    # The same prompts come again: pages kept of them would be measured, not the model.
+    with running_model(config, chats=False, prefix_reuse=False) as (model, loop):
         prompts = _prompts(config, model, loop)
         params = SamplingParams(temperature=0, max_tokens=config.max_tokens, ignore_eos=True)
         rows = []
         print(_HEAD)
         for load in config.loads:
             count = config.requests or 4 * load
-            # The first round compiles, and is not counted. Prompts differ, so that none is reused.
+            # The first round compiles, and is not counted.
             measure(loop, prompts(min(count, 2 * load)), params, load)
             rows.append(measure(loop, prompts(count), params, load))
             print(_row(rows[-1]), flush=True)

@@ -68,6 +68,12 @@ class EngineFlags(ModelFlags):
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (as needed) "
                     "or more"
                 )
+        hold = self.pages * self.page_len
+        if 0 < hold < self.max_len:
+            raise UserError(
+                f"--pages {self.pages} --page-len {self.page_len}: hold {hold} tokens, fewer than "
+                f"--max-len {self.max_len}; give more pages or a smaller length"
+            )
 
     def engine_settings(self) -> EngineSettings:
         """The settings of the engine.

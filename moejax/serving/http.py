@@ -7,6 +7,7 @@ import hmac
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -20,6 +21,7 @@ from moejax.serving.json_text import parse_json, to_json
 __all__ = ["AccessLog", "RequireKey", "error_response", "json_response", "read_json"]
 
 _OPEN = ("/health",)
+_REFUSING_SECONDS = 0.2  # between two looks
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -35,22 +37,26 @@ async def error_response(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         error = ApiError(500, "the server has failed; see its log", code="internal_error")
     headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}}.get(error.status, {})
-    if error.status in (408, 413):
+    if error.status in (408, 413, 503):
         # The rest of the body is not read.
         headers = {"connection": "close"}
     return json_response(error.body, error.status, headers)
 
 
-async def read_json(request: Request, *, max_bytes: int, seconds: float) -> Any:
+async def read_json(
+    request: Request, *, max_bytes: int, seconds: float, refusing: Callable[[], bool]
+) -> Any:
     """The body of a request.
 
     Args:
         request: whose body has not been read.
         max_bytes: most bytes of a body.
         seconds: most time for it to come.
+        refusing: whether the server takes no more requests; asked now and then.
 
     Raises:
-        ApiError: 415 for another type than JSON, 413, 408, or 400 for what is no JSON in UTF-8.
+        ApiError: 415 for another type than JSON, 413, 408, 503 when refused, or 400 for what is no
+            JSON in UTF-8.
         ClientDisconnect: the client has gone.
     """
     # Web pages cannot send this type to another site unasked.
@@ -61,14 +67,28 @@ async def read_json(request: Request, *, max_bytes: int, seconds: float) -> Any:
         raise ApiError(415, "content-encoding: send the body as it is")
     data = bytearray()
     try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                data += part
-                if len(data) > max_bytes:
-                    raise ApiError(413, f"the body is larger than {max_bytes} bytes")
+        async with asyncio.timeout(seconds) as limit:
+            watch = asyncio.create_task(_end_when(refusing, limit))
+            try:
+                async for part in request.stream():
+                    data += part
+                    if len(data) > max_bytes:
+                        raise ApiError(413, f"the body is larger than {max_bytes} bytes")
+            finally:
+                watch.cancel()
     except TimeoutError:
+        if refusing():
+            told = "the server is being stopped and takes no more requests"
+            raise ApiError(503, told, code="stopping") from None
         raise ApiError(408, f"the body did not come within {seconds:g} seconds") from None
     return parse_json(bytes(data))
+
+
+async def _end_when(refusing: Callable[[], bool], limit: asyncio.Timeout) -> None:
+    """Lets a time limit pass at once when no more requests are taken."""
+    while not refusing():
+        await asyncio.sleep(_REFUSING_SECONDS)
+    limit.reschedule(asyncio.get_running_loop().time())
 
 
 class RequireKey:

@@ -147,7 +147,10 @@ class EngineLoop:
                 raise Stopping("the server is being stopped and takes no more requests")
             try:
                 for number, prompt in enumerate(prompts):
-                    streams = {i: TextStream(self.tokenizer, params.stop) for i in range(params.n)}
+                    streams = {
+                        i: TextStream(self.tokenizer, params.stop, params.min_tokens)
+                        for i in range(params.n)
+                    }
                     request = self.engine.add(prompt, params, stream=stream)
                     ticket.ids.append(request)
                     self._prompts[request] = _Prompt(ticket, number * params.n, streams)

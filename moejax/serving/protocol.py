@@ -81,8 +81,14 @@ class Job:
     echo: tuple[str, ...] = ()
 
 
-def read_job(kind: Kind, body: Any, model: TextModel) -> Job:
+def read_job(kind: Kind, body: Any, model: TextModel, max_len: int | None = None) -> Job:
     """Checks a body and turns its texts into token ids.
+
+    Args:
+        kind: of the endpoint.
+        body: of the request, parsed.
+        model: whose texts they are.
+        max_len: most tokens of a text; one that cannot fit is refused before the work. None: any.
 
     Raises:
         ApiError: 404 for another model's name, else 400 with the field that is at fault.
@@ -98,6 +104,7 @@ def read_job(kind: Kind, body: Any, model: TextModel) -> Job:
     params = _sampling(kind, given, model)
     echo: tuple[str, ...] = ()
     try:
+        _check_length(given.get("messages" if kind == "chat" else "prompt"), model, max_len)
         if kind == "chat":
             prompts = [_chat_prompt(given, model)]
         else:
@@ -194,6 +201,27 @@ def _stream_options(given: Mapping[str, Any], streams: bool) -> bool:
             400, f"stream_options.{unknown[0]:.80}: no such field", param="stream_options"
         )
     return _flag(options, "include_usage", "stream_options.")
+
+
+def _check_length(value: Any, model: TextModel, max_len: int | None) -> None:
+    """Refuses a chat, or a prompt of several, that is too long whatever its tokens are."""
+    if max_len is None:
+        return
+    many = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    longest = max(map(_characters, value if many else [value]), default=0)
+    if longest > max_len * model.token_characters:
+        raise UserError(
+            f"{longest} characters: prompt and continuation share a context of {max_len} tokens"
+        )
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value of JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _chat_prompt(given: Mapping[str, Any], model: TextModel) -> np.ndarray:

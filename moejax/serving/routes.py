@@ -15,7 +15,14 @@ import tyro
 
 from moejax.errors import UserError
 from moejax.serving.flags import ModelFlags
-from moejax.serving.start import keep_compiled_programs, load_model, note, start_devices
+from moejax.serving.start import (
+    keep_compiled_programs,
+    load_model,
+    note,
+    reading_notes,
+    start_devices,
+)
+from moejax.serving.text_model import TextModel
 
 if TYPE_CHECKING:
     from moejax.training.state import Blueprint
@@ -62,14 +69,15 @@ def main(config: RoutesConfig) -> None:
 
     if bool(config.text) == bool(config.prompt):
         raise UserError("--text, --prompt: give one of them, a file or a text")
-    source = open_model(config.model or None)
+    source = open_model(config.model or None, progress=reading_notes())
     layers = [i for i, layer in enumerate(source.config.layers()) if layer.moe is not None]
     if not layers:
         raise UserError(f"{source.path}: the model has no experts")
     text = config.prompt or _read(config.text)
-    tokens = source.need_tokenizer().encode(text)
-    if not len(tokens):
+    if not text:
         raise UserError("the text is empty: there is nothing to count")
+    # With the id that begins a text, if the model wants one: it changes all that follows.
+    tokens = TextModel.open(source, chats=False).encode(text)
     shape = start_devices(config, source.config)
     keep_compiled_programs()
     loaded = load_model(source, shape, config.dtype, config.expert_weights)

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moejax.errors import UserError
 from moejax.serving.loop import EngineLoop
@@ -19,7 +21,41 @@ from moejax.serving.loop import EngineLoop
 __all__ = ["HttpServer"]
 
 _MAX_HEADERS = 32 << 10
+_HEAD_SECONDS = 30.0  # in which the head of a request must come
 _AFTER_GRACE = 5  # seconds in which clients are told that their texts end early
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection that does not bring a whole head in time.
+
+    uvicorn has a limit for the pause between two requests, but none for a request's head.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Not begun anew by each byte that comes.
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._forget_head()
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._forget_head()
+        elif self._head is None:
+            self._head = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -72,7 +108,7 @@ class HttpServer:
                 log_config=None,
                 access_log=False,
                 lifespan="off",
-                http="h11",
+                http=_Protocol,
                 ws="none",
                 loop="asyncio",
                 server_header=False,

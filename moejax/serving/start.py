@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "make_engine",
     "note",
+    "reading_notes",
     "running_model",
     "start_devices",
 ]
@@ -104,17 +105,27 @@ def make_engine(
     settings = settings or flags.engine_settings()
     shape = start_devices(flags, source.config)
     keep_compiled_programs()
-    return Engine(
+    engine = Engine(
         *load_model(source, shape, flags.dtype, flags.expert_weights),
         num_ids=None if source.tokenizer is None else source.tokenizer.vocab_size,
         end_ids=end_ids(source),
         settings=settings,
     )
+    wanted = settings.max_len or source.config.max_context
+    if engine.max_len < wanted:
+        why = f"--pages {settings.pages} hold" if settings.pages else "the free memory holds"
+        note(f"texts of at most {engine.max_len} tokens, not {wanted}: {why} no more")
+    return engine
 
 
 @contextlib.contextmanager
 def running_model(
-    flags: EngineFlags, name: str = "", *, warm_up: bool = False, chats: bool = True
+    flags: EngineFlags,
+    name: str = "",
+    *,
+    warm_up: bool = False,
+    chats: bool = True,
+    prefix_reuse: bool = True,
 ) -> Iterator[tuple[TextModel, EngineLoop]]:
     """The model and the loop that runs it, ended with the context.
 
@@ -123,6 +134,7 @@ def running_model(
         name: for clients; empty takes that of the folder.
         warm_up: compile all steps first.
         chats: see `TextModel.open`.
+        prefix_reuse: see `EngineSettings`.
 
     Raises:
         UserError: whatever a user can mend.
@@ -131,10 +143,11 @@ def running_model(
     from moejax.serving.loop import EngineLoop
     from moejax.serving.text_model import TextModel
 
-    source = open_model(flags.model or None)
+    settings = dataclasses.replace(flags.engine_settings(), prefix_reuse=prefix_reuse)
+    source = open_model(flags.model or None, progress=reading_notes())
     model = TextModel.open(source, name, chats=chats)
     try:
-        engine = make_engine(source, flags)
+        engine = make_engine(source, flags, settings)
         if warm_up:
             _warm_up(engine)
         loop = EngineLoop(engine, model.tokenizer).start()
@@ -144,6 +157,19 @@ def running_model(
             loop.stop()
     finally:
         model.close()
+
+
+def reading_notes() -> Callable[[int, int], None]:
+    """Tells now and then how much of the weights has been read; see `open_model`."""
+    noted = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal noted
+        if time.monotonic() - noted > _NOTE_SECONDS:
+            noted = time.monotonic()
+            note(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB of weights")
+
+    return report
 
 
 def _warm_up(engine: Engine) -> None:

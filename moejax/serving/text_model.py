@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from moejax.inference.source import ModelSource
 from moejax.inference.text import TextStream, TokenText, token_text
 
 __all__ = ["TextModel", "end_ids"]
+
+_LEAST_CHARACTERS = 16
 
 
 def end_ids(source: ModelSource) -> tuple[int, ...]:
@@ -80,6 +83,15 @@ class TextModel:
             return np.insert(ids, 0, np.int32(self.bos_id))
         # The id that ends a text also stands before the next one.
         return ids if len(ids) else np.array([self.tokenizer.eos_id], np.int32)
+
+    @cached_property
+    def token_characters(self) -> int:
+        """More characters than this for each token no text has, so a longer one is not encoded.
+
+        That of the longest token; at least 16, as templates and tokenizers may drop spaces.
+        """
+        ids = range(self.tokenizer.vocab_size)
+        return max(_LEAST_CHARACTERS, *(len(self.tokenizer.decode_bytes([i])) for i in ids))
 
     @property
     def chat_stop(self) -> tuple[str, ...]:
