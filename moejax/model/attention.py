@@ -15,6 +15,7 @@ from moejax.model.cache import LayerCache
 from moejax.model.cached_attention import append, attend_cached
 from moejax.model.dot_attention import Implementation, attend
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
+from moejax.model.mlp import add_bias
 from moejax.model.norm import rms_normalize, rms_normalize_heads
 from moejax.model.rope import rotate
 from pallas_kernels.precision import precision_of
@@ -114,7 +115,7 @@ class Attention(nnx.Module):
 
         def project(w: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             y_BSNh = jnp.einsum("BSD,DNh->BSNh", x_BSD, w[...].astype(dtype), precision=precision)
-            return y_BSNh if bias is None else y_BSNh + bias[...].astype(dtype)
+            return y_BSNh if bias is None else add_bias(y_BSNh, bias[...].astype(dtype))
 
         def place(x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:
             return rotate(
@@ -156,7 +157,9 @@ class Attention(nnx.Module):
         w_NhD = self.w_o[...].astype(dtype)
         y_BSD = jnp.einsum("BSNh,NhD->BSD", y_BSNh, w_NhD, precision=precision)
         y_BSD = exit_parallel(y_BSD, TENSOR)
-        return y_BSD if self.b_o is None else y_BSD + self.b_o[...].astype(dtype), cache
+        if self.b_o is not None:
+            y_BSD = add_bias(y_BSD, self.b_o[...].astype(dtype))
+        return y_BSD, cache
 
     def _norm(self, x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:
         if scale is None:
