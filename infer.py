@@ -139,8 +139,7 @@ def load(source: ModelSource, config: InferConfig, prompts: int) -> Iterator[Eng
     Raises:
         UserError: the mesh does not fit, or the weights are damaged or of another model.
     """
-    from moejax.serving.loop import EngineLoop
-    from moejax.serving.start import make_engine
+    from moejax.serving.start import make_engine, running_loop
 
     settings = dataclasses.replace(
         config.engine_settings(),
@@ -150,11 +149,8 @@ def load(source: ModelSource, config: InferConfig, prompts: int) -> Iterator[Eng
         prefix_reuse=False,
     )
     engine = make_engine(source, config, settings)
-    loop = EngineLoop(engine, source.need_tokenizer()).start()
-    try:
+    with running_loop(engine, source.need_tokenizer()) as loop:
         yield loop
-    finally:
-        loop.stop()
 
 
 if __name__ == "__main__":

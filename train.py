@@ -107,6 +107,7 @@ def train(config: TrainConfig) -> None:
         state = session.restore() if resuming else None
         if state is None:
             state = session.begin()
+        state = session.start_counting(state)
         run.bind_config(config, FIXED, FREE)
         run.save_tokenizer(text.tokenizer)
         first = int(state.step)
@@ -114,7 +115,12 @@ def train(config: TrainConfig) -> None:
 
         options = compiler_options(config, device.platform)
         train_step = make_train_step(blueprint, config, compiler_options=options)
-        evaluator = Evaluator(blueprint, config, text.windows)
+        evaluator = Evaluator(
+            blueprint,
+            text.windows,
+            batch_size=config.data.batch_size,
+            loss_chunk=config.loss_chunk,
+        )
         timer = StepTimer(config.steps - first, config.data.batch_size * config.data.seq_len)
 
         step = first
@@ -124,7 +130,7 @@ def train(config: TrainConfig) -> None:
         waiting: tuple[int, Any] | None = None
         with Prefetcher(session.batch, first) as batches:
             while step < config.steps and not stop.requested:
-                state, metrics = train_step(state, next(batches), None)
+                state, metrics = train_step(state, next(batches), session.placing.arrays)
                 if waiting is not None:
                     session.log(*waiting, timer)
                 step += 1
@@ -134,7 +140,10 @@ def train(config: TrainConfig) -> None:
                     waiting = None
                 evaluating = due(step, config.eval_every, config.steps)
                 saving = due(step, config.save_every, config.steps)
-                if evaluating or saving:
+                counted = due(step, config.placement_stats_every, config.steps)
+                counted &= config.placement_stats
+                looking = session.placing.is_due(step)
+                if evaluating or saving or counted or looking:
                     if waiting is not None:
                         session.log(*waiting, timer)
                         waiting = None
@@ -143,10 +152,15 @@ def train(config: TrainConfig) -> None:
                             session.evaluate(step, state, evaluator)
                         if saving:
                             session.save(state)
+                        if counted:
+                            session.write_placement_stats(state)
+                        if looking:
+                            session.placing.look(step, state)
         if waiting is not None:
             session.log(*waiting, timer)
         with timer.paused():
             session.save(state)
+            session.write_placement_stats(state)
             unfinished = step < config.steps
             session.finish(state, evaluator, timer, stopped=unfinished or stop.requested)
         if unfinished:

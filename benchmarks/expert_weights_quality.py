@@ -21,17 +21,14 @@ FORMATS = ("none", "int8", "fp8")
 
 def main() -> None:
     import jax
-    import numpy as np
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
 
     from moejax.data.corpus import split_held_out
     from moejax.data.pipeline import held_out_windows
     from moejax.data.sources import load_standard_library
     from moejax.inference.source import open_model
     from moejax.serving.start import load_model
-    from moejax.training.step import make_eval_step
-    from sharding.mesh import TOKEN_AXES, MeshShape
+    from moejax.training.evaluate import Evaluator
+    from sharding.mesh import MeshShape
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,19 +41,12 @@ def main() -> None:
     length = source.config.max_context
     _, held_out = split_held_out(load_standard_library().documents, 0.05)
     windows = held_out_windows(held_out, source.need_tokenizer(), length, length // 2)
-    chosen = np.linspace(0, len(windows.tokens) - 1, args.windows).round().astype(int)
-    share = windows.mask[chosen].sum() / windows.mask.sum()
     rows: list[dict] = []
     for form in FORMATS:
         start = time.perf_counter()
         blueprint, params, biases = load_model(source, MeshShape(), "float32", form)
-        step = make_eval_step(blueprint, loss_chunk=16_384)
-        sharding, nll = NamedSharding(blueprint.mesh, P(TOKEN_AXES, None)), 0.0
-        for first in range(0, len(chosen), args.rows):
-            part = chosen[first : first + args.rows]
-            arrays = (windows.tokens[part], windows.mask[part])
-            nll += float(step(params, biases, *(jax.device_put(a, sharding) for a in arrays)))
-        bits = float(windows.bits_per_byte(nll) / share)
+        evaluator = Evaluator(blueprint, windows, batch_size=args.rows, loss_chunk=16_384)
+        bits = float(evaluator.bits_per_byte(params, biases, args.windows))
         experts = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "bank" in str(path)]
         size = sum(leaf.size * (2 if form == "none" else leaf.dtype.itemsize) for leaf in experts)
         rows.append(

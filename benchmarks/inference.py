@@ -9,7 +9,8 @@ and phase, after every row. Weights are random; so are prompts and drawn tokens 
 
 - The engine of `infer.py serve` runs it all: scheduling, paged cache and sampling included.
   `prefill`: `batch` prompts of --prompt tokens come at once; ms until all have their first token.
-  `decode`: they go on together; the median time of a step, read back to the host.
+  `decode`: they go on together; the time of a step, read back to the host: the mean of a run's,
+  since the host reads some steps early and others late, and the median of the runs.
 - `roofline_fraction` of decode is `roofline_ms` / ms: the bytes that a step must read (the experts
   it touches, all other weights, the texts' keys and values) at 3.05 TB/s. `experts_touched` of a
   layer are those that the last tokens of the prompts choose.
@@ -26,7 +27,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +39,27 @@ KEY = ("impl", "model", "weights", "batch", "phase")
 MODELS = {"olmoe_1b_7b": ("bf16",), "qwen3_30b_a3b": ("bf16",), "mixtral_8x7b": ("int8", "fp8")}
 _TOUCHING = 256  # tokens of a text whose last one is asked which experts it uses
 PEERS = ("olmoe_1b_7b", "qwen3_30b_a3b")
+_TOO_LARGE = "46.7 billion parameters in bfloat16 are 93 GB, more than the card has"
 
 
-def experts_touched(blueprint: Any, params: Any, biases: Any, texts_BS: np.ndarray) -> float:
+def make_experts_touched(
+    blueprint: Any, params: Any, biases: Any, texts_BS: np.ndarray
+) -> Callable[[int], float]:
     """Distinct experts of a layer, mean over layers, that the last tokens of some texts choose.
 
-    What the whole texts choose, less what they choose with their last tokens masked.
+    Returns:
+        a function of the number of texts, the first of those; the model runs once for any number.
     """
-    import jax
-    from jax.sharding import PartitionSpec as P
+    from moejax.placement.record import trace_of
 
-    from sharding.collectives import psum_statistics
-    from sharding.mesh import TOKEN_AXES
-    from sharding.specs import specs_of
+    trace = trace_of(blueprint, params, biases, list(texts_BS))
+    last_LBK = np.moveaxis(trace.experts_NLK[np.cumsum(trace.lens) - 1], 1, 0)
 
-    def count(weights: Any, tokens_BS: Any, mask_BS: Any) -> Any:
-        out = blueprint.merge(*weights)(tokens_BS, token_mask_BS=mask_BS, inference=True)
-        return psum_statistics(out.aux.counts_E, TOKEN_AXES)
+    def touched(texts: int) -> float:
+        chosen = (layer_BK[:texts] for layer_BK in last_LBK)
+        return float(np.mean([np.unique(ids_BK[ids_BK >= 0]).size for ids_BK in chosen]))
 
-    weights, rows = (specs_of(blueprint.params), blueprint.bias_specs), P(TOKEN_AXES, None)
-    specs = {"in_specs": (weights, rows, rows), "out_specs": P(), "check_vma": False}
-    run = jax.jit(jax.shard_map(count, mesh=blueprint.mesh, **specs))
-    whole = np.ones(texts_BS.shape, bool)
-    shorter = whole.copy()
-    shorter[:, -1] = False
-    counts = [np.asarray(run((params, biases), texts_BS, mask)) for mask in (whole, shorter)]
-    return float(np.sum(counts[0] > counts[1], axis=1).mean())
+    return touched
 
 
 def measure(name: str, weights: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -87,6 +83,8 @@ def measure(name: str, weights: str, args: argparse.Namespace) -> Iterator[dict[
     )
     _say(f"{name} {weights}: weights after {time.perf_counter() - start:.0f} s")
     longest = args.prompt + args.steps + 1
+    texts = np.stack(random_prompts(config, max(args.batches), args.prompt))[:, -_TOUCHING:]
+    experts_touched = make_experts_touched(*loaded, texts)
     for batch in args.batches:
         settings = EngineSettings(
             max_rows=batch,
@@ -105,15 +103,17 @@ def measure(name: str, weights: str, args: argparse.Namespace) -> Iterator[dict[
         prefills, steps = zip(*(generate(engine, prompts, args.steps) for _ in range(args.repeats)))
         del engine
         gc.collect()
-        touched = experts_touched(*loaded, np.stack(prompts)[:, -_TOUCHING:])
+        touched = experts_touched(batch)
         context = args.prompt + args.steps // 2
         head = {"impl": "moejax", "model": name, "weights": weights, "batch": batch}
         yield head | row(
             "prefill", prefills, prefill_seconds(config, batch, args.prompt), batch * args.prompt
         )
         least = decode_seconds(config, batch, context, touched, weights)
-        found = row("decode", np.concatenate(steps), least, batch)
-        yield head | found | {"context": context, "experts_touched": round(touched, 1)}
+        found = row("decode", [np.mean(times) for times in steps], least, batch)
+        more = {"ms_slowest_tenth": round(1e3 * float(np.quantile(np.concatenate(steps), 0.9)), 3)}
+        more |= {"context": context, "experts_touched": round(touched, 1)}
+        yield head | found | more
 
 
 def compile_steps(engine: Any, batch: int, args: argparse.Namespace) -> None:
@@ -122,12 +122,12 @@ def compile_steps(engine: Any, batch: int, args: argparse.Namespace) -> None:
 
     shapes, pages = engine._shapes, -(-(args.prompt + args.steps + 1) // args.page_len)
     size = min(n for n in shapes.pieces if n >= min(args.prompt, args.chunk))
-    wanted = [shapes.decode(batch, pages), shapes.prefill(batch, size, pages)]
+    wanted = [shapes.decode(batch, pages), shapes.prefill(batch, size, pages, begins=True)]
     engine._programs.compile_all(wanted, levels=[Level.DRAWN])
 
 
 def row(phase: str, seconds: Any, least: float, tokens: int) -> dict[str, Any]:
-    """The figures of one phase, from the times of its steps."""
+    """The figures of one phase, from the times of its runs."""
     median = float(np.median(seconds))
     low, high = np.quantile(seconds, [0.1, 0.9])
     return {
@@ -166,8 +166,22 @@ def generate(engine: Any, prompts: list[np.ndarray], steps: int) -> tuple[float,
     return first - start, np.diff(stamps)[2:-2]
 
 
-def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of `inference_torch.py`, each with the bound of our row beside it."""
+def peers(
+    args: argparse.Namespace, ours: Callable[[str, int, str], float | None]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `inference_torch.py`, each with the bound of our row, if there is one.
+
+    Args:
+        args: of the command.
+        ours: model, batch and phase → `roofline_ms` of our row in bf16.
+    """
+    if "mixtral_8x7b" in args.models:
+        head = {"impl": "transformers", "model": "mixtral_8x7b", "weights": "bf16"}
+        for batch in args.batches:
+            for phase in ("prefill", "decode"):
+                yield head | {"batch": batch, "phase": phase, "error": _TOO_LARGE}
+    if not any(m in PEERS for m in args.models):
+        return
     words = [
         "--models",
         *(m for m in args.models if m in PEERS),
@@ -181,7 +195,12 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
-                yield json.loads(line)
+                found = json.loads(line)
+                least = ours(found["model"], found["batch"], found["phase"])
+                if least is not None:
+                    found["roofline_ms"] = least
+                    found["roofline_fraction"] = round(least / found["ms_per_step"], 3)
+                yield found
 
 
 def _say(line: str) -> None:
@@ -227,8 +246,14 @@ def main() -> None:
             for weights in args.weights or MODELS[model]:
                 keep(measure(model, weights, args))
                 gc.collect()
-    if "transformers" in args.impls and any(m in PEERS for m in args.models):
-        keep(peers(args))
+    if "transformers" in args.impls:
+
+        def ours(model: str, batch: int, phase: str) -> float | None:
+            key = ("moejax", model, "bf16", batch, phase)
+            same = [r for r in [*rows, *old] if tuple(r[k] for k in KEY) == key]
+            return same[0]["roofline_ms"] if same else None
+
+        keep(peers(args, ours))
 
 
 if __name__ == "__main__":

@@ -117,12 +117,6 @@ def prefill_seconds(config: ModelConfig, batch: int, length: int) -> float:
     return (weights + scores + 2.0 * head * batch) / DOT_FLOPS
 
 
-def expected_experts(config: ModelConfig, batch: int) -> float:
-    """Distinct experts of a layer that `batch` tokens use, if each chooses uniformly at random."""
-    router = config.moe.router
-    return router.num_experts * (1 - (1 - router.top_k / router.num_experts) ** batch)
-
-
 def random_prompts(config: ModelConfig, batch: int, length: int, seed: int = 1) -> list[np.ndarray]:
     """Token ids, uniformly at random."""
     rng = np.random.default_rng(seed)

@@ -21,21 +21,19 @@ def main() -> None:
     import dataclasses
 
     import jax.numpy as jnp
-    import numpy as np
 
     from moejax.data.corpus import reference_compression, split_held_out
     from moejax.data.pipeline import held_out_windows
     from moejax.data.sources import load_standard_library
     from moejax.inference.source import open_model
+    from moejax.training.evaluate import Evaluator
     from moejax.training.state import Blueprint, load_weights
-    from moejax.training.step import make_eval_step
     from sharding.mesh import MeshShape, make_mesh
 
     source = open_model(None)
     config = dataclasses.replace(source.config, compute_dtype="float32")
     blueprint = Blueprint(config, make_mesh(MeshShape()))
     params, biases = load_weights(source.weights(blueprint), blueprint, jnp.float32)
-    step = make_eval_step(blueprint, loss_chunk=16_384)
     _, documents = split_held_out(load_standard_library().documents, 0.05)
     rows = []
     for part, chosen in (
@@ -43,14 +41,10 @@ def main() -> None:
         ("the other files", [d for d in documents if d.path != PROSE]),
     ):
         windows = held_out_windows(chosen, source.tokenizer, config.max_context)
-        fill = ((0, -len(windows.tokens) % ROWS), (0, 0))
-        tokens, mask = np.pad(windows.tokens, fill), np.pad(windows.mask, fill)
-        nll = sum(
-            float(step(params, biases, tokens[i : i + ROWS], mask[i : i + ROWS]))
-            for i in range(0, len(tokens), ROWS)
-        )
+        evaluator = Evaluator(blueprint, windows, batch_size=ROWS, loss_chunk=16_384)
         row = {"part": part, "bytes": windows.total_bytes, "files": len(chosen)}
-        row |= {"bits_per_byte": windows.bits_per_byte(nll), **reference_compression(chosen)}
+        row |= {"bits_per_byte": evaluator.bits_per_byte(params, biases)}
+        row |= reference_compression(chosen)
         print(row, flush=True)
         rows.append(row)
     print(write_results("reference_parts", rows))

@@ -91,8 +91,6 @@ class Bench:
     """The packaged model, the texts it is judged by and those it learns from."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import numpy as np
-
         from moejax.config import EXACT_WIRE
         from moejax.data.corpus import split_held_out
         from moejax.data.pipeline import TokenDataset, held_out_windows, tokenize
@@ -107,7 +105,6 @@ class Bench:
         texts, held_out = split_held_out(load_standard_library().documents, 0.05)
         self.texts = TokenDataset(tokenize(texts, source.tokenizer), self.length, seed=0)
         self.windows = held_out_windows(held_out, source.tokenizer, self.length, self.length // 2)
-        self.chosen = np.linspace(0, len(self.windows.tokens) - 1, args.windows).round().astype(int)
         self.mesh = make_mesh(MeshShape(expert=DEVICES))
         blueprint = Blueprint(with_wire(self.config, EXACT_WIRE), self.mesh)
         self.flat = source.weights(blueprint)
@@ -124,24 +121,12 @@ class Bench:
 
     def measure(self, wire: Any, flat: dict[str, Any], **more: Any) -> None:
         """Adds a row; `more` goes into it."""
-        import jax
-        from jax.sharding import NamedSharding
-        from jax.sharding import PartitionSpec as P
-
-        from moejax.training.step import make_eval_step
-        from sharding.mesh import TOKEN_AXES
+        from moejax.training.evaluate import Evaluator
 
         start = time.perf_counter()
         blueprint, params, biases = self.loaded(wire, flat)
-        step = make_eval_step(blueprint, loss_chunk=16_384)
-        sharding, nll = NamedSharding(self.mesh, P(TOKEN_AXES, None)), 0.0
-        windows, at_once = self.windows, self.args.rows
-        for first in range(0, len(self.chosen), at_once):
-            part = self.chosen[first : first + at_once]
-            arrays = (windows.tokens[part], windows.mask[part])
-            nll += float(step(params, biases, *(jax.device_put(a, sharding) for a in arrays)))
-        share = windows.mask[self.chosen].sum() / windows.mask.sum()
-        bits = float(windows.bits_per_byte(nll) / share)
+        evaluator = Evaluator(blueprint, self.windows, batch_size=self.args.rows, loss_chunk=16_384)
+        bits = float(evaluator.bits_per_byte(params, biases, self.args.windows))
         d_model, times = self.config.d_model, fewer_bytes(self.config.d_model, wire)
         if wire.dispatch_dim or wire.combine_dim:
             more = {"columns": list(wire.widths(d_model)), **more}

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import figures_exchange
 import figures_inference
+import figures_placement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -330,6 +331,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "expert_weights": lambda: of_exchange("expert_weights_quality", figures_inference.quality),
     "load_seconds": lambda: of_exchange("load_seconds", figures_inference.loading),
     "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
+    "decode_exchange": lambda: of_exchange("decode_exchange", figures_inference.decode_exchange),
+    "placement": lambda: of_exchange("placement", figures_placement.placements),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,

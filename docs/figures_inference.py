@@ -28,7 +28,7 @@ def generation(result: dict[str, Any]) -> Table:
     """Prompts and decoding steps, by model and batch."""
 
     def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
+        if row is None or "error" in row:
             return "–"
         share = row["roofline_fraction"]
         bound = "" if share is None else f" ({share:.0%})"
@@ -41,11 +41,26 @@ def generation(result: dict[str, Any]) -> Table:
     body = []
     for key in keys:
         prefill, decode = (found.get((*key, phase)) for phase in ("prefill", "decode"))
-        speed = f"{decode['tokens_per_s']:.0f}" if decode else "–"
+        speed = f"{decode['tokens_per_s']:.0f}" if decode and "error" not in decode else "–"
         body.append([f"`{key[0]}`", f"`{key[1]}`", *map(str, key[2:]), cell(prefill), cell(decode)])
         body[-1].append(speed)
     headings = ["", "model", "experts", "texts", "prompts, ms", "step, ms", "tokens/s"]
     return headings, body
+
+
+def decode_exchange(result: dict[str, Any]) -> Table:
+    """Decoding steps with each exchange, by batch; the one that was picked in bold."""
+    found = {(r["batch"], r["mode"]): r for r in result["rows"]}
+    batches, modes = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+
+    def cell(row: dict[str, Any]) -> str:
+        if row["ms_per_step"] is None:
+            return "–"
+        text = f"{row['ms_per_step']:.2f} ({row['ms_device']:.2f})"
+        return f"**{text}**" if row["picked"] else text
+
+    body = [[str(batch), *(cell(found[batch, mode]) for mode in modes)] for batch in batches]
+    return ["texts", *(f"`{mode}`, ms (devices alone)" for mode in modes)], body
 
 
 def loading(result: dict[str, Any]) -> Table:

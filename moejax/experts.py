@@ -15,7 +15,8 @@ from moejax.config import ExpertsConfig
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows
 from moejax.model.initializers import INIT_STD
-from moejax.placement.arrays import Placement, gather_bank, home_slots, num_slots
+from moejax.placement.arrays import Placement, home_slots, num_slots
+from moejax.placement.resident import in_slots, resident
 from pallas_kernels.fused_experts import api as fused
 from pallas_kernels.fused_experts import remote
 from pallas_kernels.fused_experts.remote import PushedRows, remote_experts
@@ -53,6 +54,8 @@ class ExpertWeights:
 class ExpertBank(nnx.Module):
     """Independent experts, stored at home: [G·S, …] in logical order, padding slots zero.
 
+    After `make_resident` they are stored where they are computed instead, for inference.
+
     Args:
         d_model: D.
         num_experts: E.
@@ -72,7 +75,8 @@ class ExpertBank(nnx.Module):
         rngs: nnx.Rngs,
         output_std: float = INIT_STD,
     ) -> None:
-        self.num_experts = num_experts
+        self.num_experts, self.expert_devices = num_experts, expert_devices
+        self.resident = False
         hidden, num_in = config.hidden, config.num_in
         home_E = home_slots(num_experts, expert_devices)
         padded = expert_devices * num_slots(num_experts, expert_devices)
@@ -94,20 +98,41 @@ class ExpertBank(nnx.Module):
         """The weights of this device's slots, inside the shard_map.
 
         Args:
-            placement: None computes every expert at home; otherwise copies are gathered there.
+            placement: None computes every expert at home; otherwise copies are fetched from there,
+                unless the weights lie in their slots already.
             dtype: dtype of the products.
+
+        Raises:
+            UserError: the weights are resident and there is no placement, or one of other slots.
         """
 
-        def fetch(parameter: nnx.Param) -> jax.Array:
-            value = parameter[...].astype(dtype)
-            return value if placement is None else gather_bank(value, placement, self.num_experts)
+        def cast(parameter: nnx.Param | None) -> Any:
+            return None if parameter is None else parameter[...].astype(dtype)
 
-        return ExpertWeights(
-            fetch(self.w_in),
-            fetch(self.w_out),
-            None if self.b_in is None else fetch(self.b_in),
-            None if self.b_out is None else _once_along_tensor(fetch(self.b_out)),
-        )
+        stored = ExpertWeights(*map(cast, (self.w_in, self.w_out, self.b_in, self.b_out)))
+        weights = in_slots(stored, placement, self.num_experts, resident=self.resident)
+        if weights.b_out_SD is None:
+            return weights
+        return replace(weights, b_out_SD=_once_along_tensor(weights.b_out_SD))
+
+    def make_resident(self, slots: int) -> None:
+        """Stores the weights in slots, where `moejax.placement.migrate` moves them about.
+
+        Afterwards every expert is in the first slots of its home device and the others are empty
+        (`moejax.placement.arrays.slots_at_home`), no call exchanges weights, each needs a
+        placement, and the layer only infers: nothing sums the gradients of replicas.
+
+        Args:
+            slots: S of a device, at least those at home.
+
+        Raises:
+            UserError: there are too few slots, or it is done already.
+        """
+        for name in "w_in", "w_out", "b_in", "b_out":
+            parameter = getattr(self, name)
+            if parameter is not None:
+                setattr(self, name, resident(parameter, self.expert_devices, slots))
+        self.resident = True
 
     def change(self, change: Callable[[ExpertWeights], ExpertWeights]) -> None:
         """Replaces the stored weights, all slots' together; outside of a shard_map."""

@@ -27,7 +27,8 @@ from moejax.exchange.reduced import RowMoments, RowProjections, row_moments
 from moejax.experts import ExpertBank, ExpertWeights, places_for, with_kernels
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
-from moejax.placement.arrays import Placement, home_slots, place
+from moejax.placement.arrays import Placement, home_slots
+from moejax.placement.choice import place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
@@ -37,7 +38,7 @@ from pallas_kernels.route.router_product import explain_router_product
 from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
 from sharding.mesh import AXES, TENSOR, TOKEN_AXES
 
-__all__ = ["MoEAux", "MoELayer"]
+__all__ = ["MoEAux", "MoELayer", "hosts_along_experts"]
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +52,8 @@ class MoEAux:
     num_tokens: int32 [], unmasked tokens.
     counters: what moved.
     moments: of the rows, where `MoELayer.measure_rows` asks for them.
+    experts_TK: int32 [T', K'], the experts of some tokens in order, before any drop, −1 for none;
+        where `MoELayer.report_experts` asks for them.
     """
 
     losses: RouterLosses
@@ -59,17 +62,49 @@ class MoEAux:
     num_tokens: Int32[Array, ""]
     counters: ExchangeCounters
     moments: RowMoments | None = None
+    experts_TK: Int32[Array, "T2 K2"] | None = None
 
     def over_devices(self) -> MoEAux:
-        """The same of all devices together, inside the shard_map; no gradient."""
+        """The same of all devices together, inside the shard_map; no gradient.
+
+        `experts_TK` stays this device's.
+        """
         counters = over_devices(self.counters, TOKEN_AXES)
-        return replace(psum_statistics(self, TOKEN_AXES), counters=counters)
+        total = psum_statistics(replace(self, experts_TK=None), TOKEN_AXES)
+        return replace(total, counters=counters, experts_TK=self.experts_TK)
 
     def summed(self) -> MoEAux:
-        """Summed over a leading dimension (microbatches); waves are the largest."""
-        total = jax.tree.map(lambda a: jnp.sum(a, axis=0, dtype=a.dtype), self)
+        """Summed over a leading dimension (microbatches) of [A, L, …]; waves are the largest.
+
+        Tokens of `experts_TK` come behind each other.
+        """
+        total = jax.tree.map(
+            lambda a: jnp.sum(a, axis=0, dtype=a.dtype), replace(self, experts_TK=None)
+        )
         waves = jnp.max(self.counters.waves, axis=0)
-        return replace(total, counters=replace(total.counters, waves=waves))
+        experts_TK = self.experts_TK
+        if experts_TK is not None:
+            experts_LATK = jnp.moveaxis(experts_TK, 0, 1)
+            layers, _, _, columns = experts_LATK.shape
+            experts_TK = experts_LATK.reshape(layers, -1, columns)
+        counters = replace(total.counters, waves=waves)
+        return replace(total, counters=counters, experts_TK=experts_TK)
+
+
+def hosts_along_experts(
+    config: MoEConfig, devices: int, hosts: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """The host of each device along `expert`; None: all on one.
+
+    Args:
+        config: what its exchange says of hosts goes first.
+        devices: G.
+        hosts: of the processes.
+    """
+    size = config.exchange.host_devices
+    if size is not None:
+        return tuple(device // size for device in range(devices))
+    return None if hosts is None else tuple(hosts)
 
 
 class MoELayer(nnx.Module):
@@ -132,6 +167,7 @@ class MoELayer(nnx.Module):
         self.projections = RowProjections(d_model, wire, rngs=rngs)
         self.folded = False
         self.measure_rows = False  # whether a call reports the moments of its rows
+        self._report_columns, self._report_stride = 0, 1
 
     def __call__(
         self,
@@ -175,7 +211,25 @@ class MoELayer(nnx.Module):
             routing.num_tokens,
             counters,
             moments,
+            self._reported(routing.experts_TK),
         )
+
+    def report_experts(self, columns: int, stride: int = 1) -> None:
+        """From now on a call reports the experts of its tokens in `MoEAux.experts_TK`.
+
+        Args:
+            columns: K', at least the experts of a token; further columns hold −1, so that layers
+                with fewer experts a token can be stacked with others.
+            stride: of tokens; 1 reports all.
+        """
+        self._report_columns, self._report_stride = columns, stride
+
+    def _reported(self, experts_TK: jax.Array) -> jax.Array | None:
+        if not self._report_columns:
+            return None
+        more = self._report_columns - experts_TK.shape[1]
+        sample_TK = experts_TK[:: self._report_stride]
+        return jnp.pad(sample_TK, ((0, 0), (0, more)), constant_values=-1)
 
     def _routed(
         self,
@@ -286,7 +340,9 @@ class MoELayer(nnx.Module):
                 experts_TK, routing.scores_TK, num_experts, room
             )
         if placement is not None:
-            return place(experts_TK, placement, budget.innermost.slots), budget, dropped
+            hosts = hosts_along_experts(self.config, self.expert_devices, self.hosts)
+            slots_TK = place(experts_TK, placement, budget.innermost.slots, hosts)
+            return slots_TK, budget, dropped
         home_E = home_slots(num_experts, self.expert_devices)
         if np.array_equal(home_E, np.arange(num_experts)):
             return experts_TK, budget, dropped

@@ -15,7 +15,8 @@ from moejax.errors import UserError
 from moejax.exchange.budget import Budget
 from moejax.exchange.modes import Rows
 from moejax.experts import ExpertBank, lay_out
-from moejax.placement.arrays import Placement, gather_bank
+from moejax.placement.arrays import Placement
+from moejax.placement.resident import in_slots, resident
 from pallas_kernels.quantized_experts import api as quantized_experts
 from pallas_kernels.quantized_experts.format import (
     BLOCK,
@@ -70,7 +71,8 @@ class QuantizedExpertBank(nnx.Module):
         tensor: int = 1,
     ) -> None:
         self.check(bank, dtype, rows=rows, tensor=tensor)
-        self.num_experts, self.rows, self.tensor = bank.num_experts, rows, tensor
+        self.num_experts, self.expert_devices = bank.num_experts, bank.expert_devices
+        self.rows, self.tensor, self.resident = rows, tensor, False
         # [slots, D, N, H] → matrices [slots, N, D, H]; values come out with H before D.
         w_in = quantize(jnp.swapaxes(bank.w_in[...], 1, 2), jnp.dtype(dtype))
         w_out = quantize(bank.w_out[...], jnp.dtype(dtype))
@@ -91,6 +93,8 @@ class QuantizedExpertBank(nnx.Module):
     @staticmethod
     def check(bank: ExpertBank, dtype: WeightDtype, *, rows: ExpertRows, tensor: int) -> None:
         """Raises the UserErrors of the constructor, with its arguments."""
+        if bank.resident:
+            raise UserError("quantize_experts after make_resident: quantize the experts first")
         if bank.b_in is not None:
             raise UserError("quantized experts with bias=True: only experts without biases can be")
         hidden = bank.w_out.shape[1]
@@ -112,7 +116,8 @@ class QuantizedExpertBank(nnx.Module):
         """The weights of this device's slots, inside the shard_map; as for `ExpertBank`.
 
         Raises:
-            UserError: the mesh has another number of devices along `tensor` than was said.
+            UserError: the mesh has another number of devices along `tensor` than was said; as for
+                `ExpertBank`.
         """
         devices = collectives.axis_size(TENSOR)
         if devices != self.tensor:
@@ -121,14 +126,17 @@ class QuantizedExpertBank(nnx.Module):
                 f"tensor={devices} to quantize_experts"
             )
 
-        def fetch(variable: QuantizedWeight) -> jax.Array:
-            value = variable[...]
-            return value if placement is None else gather_bank(value, placement, self.num_experts)
-
-        return QuantizedExpertWeights(
-            QuantizedMatrices(fetch(self.w_in_values), fetch(self.w_in_scales)),
-            QuantizedMatrices(fetch(self.w_out_values), fetch(self.w_out_scales)),
+        stored = QuantizedExpertWeights(
+            QuantizedMatrices(self.w_in_values[...], self.w_in_scales[...]),
+            QuantizedMatrices(self.w_out_values[...], self.w_out_scales[...]),
         )
+        return in_slots(stored, placement, self.num_experts, resident=self.resident)
+
+    def make_resident(self, slots: int) -> None:
+        """As `ExpertBank.make_resident`."""
+        for name in "w_in_values", "w_in_scales", "w_out_values", "w_out_scales":
+            setattr(self, name, resident(getattr(self, name), self.expert_devices, slots))
+        self.resident = True
 
     def explain(
         self, config: ExpertsConfig, widths: tuple[int, int], *, dtype: Any, tensor: int = 1
@@ -164,6 +172,7 @@ class QuantizedExpertBank(nnx.Module):
             rows.scores_RJ,
             *layout,
             assignments=assignments,
+            expected=budget.tokens * budget.top_k,
             activation=config.activation,
             rows=self._kernel_rows,
         )

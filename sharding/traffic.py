@@ -103,6 +103,8 @@ NAMES: tuple[tuple[str, str, str], ...] = (
     ("hierarchy", "make_plans", "number of waves"),
     ("capacity", "drop_over_capacity", "capacity counts"),
     ("arrays", "gather_bank", "replica gather"),
+    ("fetch", "", "replica fetch"),
+    ("migrate", "", "migration"),
     ("modes", "dispatch", "dispatch"),
     ("modes", "combine", "combine"),
     ("waves", "run_waves", "further wave"),
@@ -196,8 +198,9 @@ def _walk(jaxpr: Any, sizes: Mapping[str, int], around: Crossing, stack: str) ->
         loop = primitive == "while"
         within = replace(
             around,
-            # The rules of a custom VJP are traced once and then shared between their callers.
-            name=name if primitive == "custom_vjp_call" else around.name,
+            # The rules of a custom VJP are traced once and then shared between their callers; what
+            # a loop's body stems from is forgotten where the loop is in one.
+            name=name if loop or primitive == "custom_vjp_call" else around.name,
             times=around.times * (eqn.params["length"] if primitive == "scan" else 1),
             extra=around.extra or loop,
         )

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from moejax.config import LayerConfig, ModelConfig
 from moejax.exchange.budget import Budget, choose_for
 from moejax.exchange.wire import row_bytes
 from moejax.placement.arrays import num_slots
+from moejax.placement.moves import bucket_size
 from moejax.training.config import TrainConfig
 from sharding.gradients import missing_axes
 from sharding.mesh import AXES, DATA, EXPERT, TENSOR, TOKEN_AXES, MeshShape
@@ -27,6 +28,7 @@ from sharding.zero import Storage
 
 __all__ = [
     "expected_collectives",
+    "fetch_collectives",
     "item_size",
     "layer_budget",
     "local_elements",
@@ -86,6 +88,26 @@ def expected_collectives(
         crossing
         for part in (formulas.model(), formulas.weights(variables_of(params, storage)))
         for crossing in part
+    )
+
+
+def fetch_collectives(
+    config: TrainConfig, mesh: MeshShape, slots: int, waves: Sequence[int]
+) -> list[Crossing]:
+    """What a placement adds to a step: copies of experts fetched, their gradients sent home.
+
+    Args:
+        config: the run.
+        mesh: sizes of the axes.
+        slots: S of a device.
+        waves: of each MoE layer, as `moejax.placement.fetch.fetch_traffic` counts them.
+    """
+    formulas = _Formulas(config, mesh)
+    layers = [layer for layer in config.model.layers() if layer.moe is not None]
+    return add_up(
+        crossing
+        for layer, count in zip(layers, waves, strict=True)
+        for crossing in formulas.fetch(layer, slots, count)
     )
 
 
@@ -279,6 +301,20 @@ class _Formulas:
             yield from outward("further wave", "backward")
             yield way("further wave", "backward", again)
             yield way("further wave", "backward", back)
+
+    def fetch(self, layer: LayerConfig, slots: int, waves: int) -> Iterator[Crossing]:
+        assert layer.moe is not None
+        experts, wide = layer.moe.experts, layer.d_model
+        hidden = experts.hidden // self.mesh.tensor
+        arrays = [wide * experts.num_in * hidden, hidden * wide]  # numbers of one expert
+        if experts.bias:
+            arrays += [experts.num_in * hidden, wide]
+        bucket, times = bucket_size(slots, self.mesh.expert), self.config.accumulate * waves
+        for numbers in arrays:
+            operand = self.mesh.expert * bucket * numbers * self.item
+            way: tuple[Any, ...] = "all-to-all", EXPERT, operand, times, True
+            yield from self.forward("replica fetch", *way)
+            yield self.one("replica fetch", "backward", *way)
 
     def loss(self) -> Iterator[Crossing]:
         tokens, chunk, again = self.tokens, self.config.loss_chunk, False

@@ -37,3 +37,10 @@ def rng(request) -> np.random.Generator:
     request.node.user_properties.append(("seed", seed))
     print(f"rng seed {seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    """After each file: a process that compiled those of hundreds of tests holds gigabytes."""
+    yield
+    jax.clear_caches()

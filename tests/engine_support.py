@@ -100,7 +100,10 @@ class BookDevices:
     early, written twice or reused for another text gives another text.
     """
 
-    def __init__(self, blueprint, params, biases, *, num_ids, slots, pages, page_len, max_len):
+    def __init__(
+        self, blueprint, params, biases, *, num_ids, slots, pages, page_len, max_len, one_wave=False
+    ):
+        del one_wave  # there is no exchange
         self.num_ids, self.page_len = num_ids, page_len
         devices = blueprint.shape.data * blueprint.shape.expert
         self.pages = np.full((devices, pages, page_len), -1)

@@ -153,6 +153,15 @@ def load_hf(folder):
 
 def draw_tokens(model, rng):
     """Tokens whose experts rounding does not change: no two scores at the border are that close."""
+    for _ in range(20):
+        tokens_BS = rng.integers(0, COMMON["vocab_size"], (ROWS, LENGTH), dtype=np.int32)
+        if keeps_experts(model, tokens_BS, rng):
+            return tokens_BS
+    raise AssertionError("every draw changes its experts with the rounding")
+
+
+def keeps_experts(model, tokens_BS, rng):
+    """Whether noise larger than rounding leaves every token its experts."""
     import torch
 
     table = model.get_input_embeddings().weight
@@ -166,14 +175,10 @@ def draw_tokens(model, rng):
         return found
 
     kept = table.detach().clone()
-    for _ in range(20):
-        tokens_BS = rng.integers(0, COMMON["vocab_size"], (ROWS, LENGTH), dtype=np.int32)
-        first, second = (logits(tokens_BS, sign * noise) for sign in (1, -1))
-        with torch.no_grad():
-            table.copy_(kept)
-        if np.abs(first - second).max() < 1e-2:
-            return tokens_BS
-    raise AssertionError("every draw changes its experts with the rounding")
+    first, second = (logits(tokens_BS, sign * noise) for sign in (1, -1))
+    with torch.no_grad():
+        table.copy_(kept)
+    return np.abs(first - second).max() < 1e-2
 
 
 def run_hf(model, tokens_BS):

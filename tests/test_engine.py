@@ -9,7 +9,7 @@ import pytest
 from engine_support import END, Oracle, check_books, make_engine, run
 from inference_support import CONFIG, random_weights
 
-from moejax.config import LatentConfig
+from moejax.config import ExchangeConfig, LatentConfig
 from moejax.inference.drawing import Level
 from moejax.inference.params import SamplingParams
 from moejax.inference.source import open_model
@@ -202,7 +202,12 @@ def test_ids_beyond_the_tokenizer_never_come(flat, rng):
 
 
 def test_deterministic_texts_have_the_same_bits_beside_others(flat, rng):
-    engine = make_engine(CONFIG, flat, (1, 2, 1), max_rows=8, deterministic=True, **SMALL)
+    # Buckets of one row: a config's own exchange would need waves, by what the others need.
+    waves = ExchangeConfig(mode="all_to_all", bucket_rows=1)
+    router = dataclasses.replace(CONFIG.moe.router, top_k=4)
+    moe = dataclasses.replace(CONFIG.moe, router=router, exchange=waves)
+    config = dataclasses.replace(CONFIG, moe=moe)
+    engine = make_engine(config, flat, (1, 4, 1), max_rows=8, deterministic=True, **SMALL)
     prompt = rng.integers(1, 257, 21).tolist()
     params = SamplingParams(temperature=1, seed=3, max_tokens=12, logprobs=3, ignore_eos=True)
     found = []

@@ -176,6 +176,10 @@ def test_every_shape_is_among_all_and_holds_what_it_is_for(rng):
             prefill = shapes.prefill(pieces, size, pages)
             assert prefill.tokens == size and prefill in every
             assert prefill.rows * size <= max(settings.prefill_chunk, size)
+            begin = shapes.prefill(pieces, size, 1, begins=True)
+            assert (begin.rows, begin.tokens) == (prefill.rows, size) and begin in every
+            assert begin.begins != settings.deterministic
+            assert begin.pages * settings.page_len >= min(size, max_len)
             for shape, needed in (decode, count), (prefill, pieces):
                 assert needed <= shape.rows <= rows and pages <= shape.pages <= most_pages
         if settings.deterministic:

@@ -17,7 +17,7 @@ from test_placement_arrays import random_placement
 from test_reduced_rows import BOUND, draw_projected, projected_oracle, with_wire
 
 from moejax.exchange import expert_capacity
-from moejax.placement.arrays import place
+from moejax.placement.choice import place
 from sharding.mesh import EXPERT
 
 MESH, TOKENS = (1, 4, 1), 8

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from run_support import kept_programs, run, write_text
 
+from moejax import progress
 from moejax.config import AttentionConfig, RouterConfig
 from moejax.data.tokenizer import Tokenizer
 from moejax.families.__main__ import main
@@ -191,9 +192,7 @@ def test_one_weight_at_a_time(tmp_path, rng, monkeypatch):
 
 
 def test_progress_is_told(tmp_path, rng, monkeypatch):
-    import moejax.families.__main__ as module
-
-    monkeypatch.setattr(module, "_NOTE_SECONDS", -math.inf)
+    monkeypatch.setattr(progress, "SECONDS", -math.inf)
     save_ours(tmp_path / "ours", rng, MIXTRAL)
     _, _, err = command(tmp_path / "ours", tmp_path / "out")
     assert err.splitlines()[-1] == "100% of the weights" and len(err.splitlines()) > 8

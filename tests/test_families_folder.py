@@ -72,7 +72,7 @@ def test_ends(folder):
     put_tokenizer(folder)  # none is named anywhere: the usual one
     assert ids_of(folder) == (257, (257,), None)
     source = open_model(folder)
-    assert source.folder == source.path == folder
+    assert source.path == folder
     ids = source.tokenizer.encode(TEXT)
     assert source.tokenizer.decode(ids) == TEXT
 
@@ -126,7 +126,7 @@ def test_a_trained_tokenizer_comes_back(tmp_path, rng):
     source = open_model(tmp_path / "hf")
     assert source.tokenizer.fingerprint == tokenizer.fingerprint
     assert (source.end_ids, source.bos_id) == ((tokenizer.eos_id,), None)
-    assert (source.folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (source.path / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {
         "eos_token_id": tokenizer.eos_id
     }
@@ -145,7 +145,7 @@ def test_a_tokenizer_of_bytes_is_left_out(tmp_path, rng):
 def test_folders_of_ours(tmp_path, rng):
     save_model_folder(tmp_path / "ours", random_weights(WIDE, rng), WIDE, Tokenizer(), record={})
     source = open_model(tmp_path / "ours")
-    assert (source.end_ids, source.bos_id, source.folder) == ((256,), None, tmp_path / "ours")
+    assert (source.end_ids, source.bos_id, source.path) == ((256,), None, tmp_path / "ours")
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -206,4 +206,7 @@ def test_an_index_does_not_make_a_folder_ours(tmp_path, rng):
     flat = random_weights(CONFIG, rng)
     save_hf_folder(tmp_path / "hf", flat, CONFIG, family="mixtral", max_file_bytes=20_000)
     assert (tmp_path / "hf" / INDEX).exists()
+    assert open_model(tmp_path / "hf").config.vocab_size == 70
+    with pytest.raises(UserError, match="is there and is no model folder"):
+        save_model_folder(tmp_path / "hf", flat, CONFIG, Tokenizer(), record={})
     assert open_model(tmp_path / "hf").config.vocab_size == 70

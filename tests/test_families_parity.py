@@ -71,8 +71,9 @@ def test_every_layer(case, sizes):
 
 
 @pytest.mark.slow
-def test_prefill_and_decode_on_eight_devices(case):
-    check_cached(case, (1, 8, 1))
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1)], ids=str)
+def test_prefill_and_decode(case, sizes):
+    check_cached(case, sizes)
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.families import export, read_config
 from moejax.families.export import save_hf_folder
-from moejax.inference.chat import ChatTemplate, GenerationDefaults
+from moejax.inference.chat import ChatTemplate
+from moejax.inference.defaults import GenerationDefaults
 from moejax.inference.safetensors_file import open_safetensors, write_safetensors
 from moejax.inference.source import open_model
 from moejax.training.state import Blueprint
@@ -59,10 +60,10 @@ def change_tensors(folder, change):
     write_safetensors(folder / WEIGHTS, tensors)
 
 
-def refusal(folder):
+def refusal(folder, config=CONFIG):
     """What opening and reading say, in one line that names the folder."""
     with pytest.raises(UserError) as error:
-        open_model(folder).weights(Blueprint(CONFIG, make_mesh(MeshShape())))
+        open_model(folder).weights(Blueprint(config, make_mesh(MeshShape())))
         GenerationDefaults.read(folder)
         ChatTemplate(folder, Tokenizer())
     message = str(error.value)
@@ -260,8 +261,7 @@ def test_float8(folder):
     open_model(folder).weights(Blueprint(CONFIG, make_mesh(MeshShape())))
     for value in np.nan, np.inf:
         put(_scale_inv=np.array([[1, value]], np.float32))
-        with pytest.raises(UserError, match=f"{EXPERT}: a scale is not finite"):
-            open_model(folder).weights(Blueprint(CONFIG, make_mesh(MeshShape())))
+        assert f"{EXPERT}: a scale is not finite" in refusal(folder)
     put(_scale_inv=np.ones((2, 2), np.float32))
     assert EXPERT in refusal(folder) and "(2, 2)" in refusal(folder)
     put(**{"": np.ones((16, 32), np.float32), "_scale_inv": scales})
@@ -289,6 +289,27 @@ def test_four_bits(folder):
         assert "[E, O, G, 16]" in refusal(folder)
     quantize(folder, scheme, lambda t: t.pop(name + "_scales"))
     assert "model.extra_scales is missing" in refusal(folder)
+
+
+def test_four_bits_whose_scale_is_no_number(tmp_path, rng):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = read_config({"model_type": "gpt_oss", "vocab_size": 70, **sizes, **heads})
+    folder, name = tmp_path / "hf", "model.layers.0.mlp.experts.gate_up_proj"
+    save_hf_folder(folder, random_weights(config, rng), config, family="gpt_oss")
+    shape = (4, 64, 1)  # experts, gates and ups, blocks of 32 inputs
+    blocks = rng.integers(0, 256, (*shape, 16), dtype=np.uint8)
+    scales = rng.integers(0, 128, shape, dtype=np.uint8)
+
+    def put(tensors):
+        tensors.pop(name, None)
+        tensors.update({name + "_blocks": blocks, name + "_scales": scales})
+
+    quantize(folder, {"quant_method": "mxfp4"}, put)
+    assert open_model(folder).weights(Blueprint(config, make_mesh(MeshShape())))
+    scales.flat[rng.integers(scales.size)] = 255
+    quantize(folder, {"quant_method": "mxfp4"}, put)
+    assert f"{name}: a scale is not finite" in refusal(folder, config)
 
 
 @pytest.mark.parametrize(

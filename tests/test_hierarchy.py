@@ -29,7 +29,7 @@ from moejax.config import (
 )
 from moejax.errors import UserError
 from moejax.exchange import choose
-from moejax.placement.arrays import place
+from moejax.placement.choice import place
 from moejax.standalone import ShardedMoELayer
 from moejax.training.state import Blueprint
 from sharding.collectives import AxisGroups, all_gather, all_to_all, axis_index, axis_size
@@ -136,7 +136,8 @@ def test_replicas(rng):
     for what, error in errors(run, want).items():
         assert error < FLOAT32_BOUND, f"{what} is off by {error:.1e}"
     asked = want.experts.reshape(4, tokens, 3).astype(np.int32)
-    one = partial(place, placement=placement, slots_per_device=slots)
+    hosts = (0, 0, 1, 1)
+    one = partial(place, placement=placement, slots_per_device=slots, hosts=hosts)
     placed = np.asarray(jax.jit(jax.vmap(one, axis_name=EXPERT))(asked))
     check_report(run, want, sharded, slots=placed, placement=placement)
 

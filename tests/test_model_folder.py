@@ -3,17 +3,21 @@
 import errno
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from inference_support import CONFIG, PARTS, random_weights
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.inference import model_folder
 from moejax.inference.model_folder import load_model_folder, save_model_folder
 from moejax.inference.safetensors_file import open_safetensors, write_safetensors
+from moejax.inference.stored import on_devices
 from moejax.training.state import Blueprint, logical_targets
 from sharding.mesh import MeshShape, make_mesh
 
@@ -100,6 +104,23 @@ def test_float32_is_exact(tmp_path, flat):
     for name, array in load_model_folder(tmp_path / "model").read(targets_of()).items():
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, flat[name])
+
+
+def test_devices_that_hold_the_same_part_share_one_reading(rng):
+    whole, asked = rng.normal(size=(6, 4)).astype(np.float32), []
+
+    def read(index):
+        asked.append(repr(index))
+        return whole[index].astype(np.float16)
+
+    for spec, parts in (P(), 1), (P("data"), 2), (P("data", "expert"), 8):
+        asked.clear()
+        sharding = NamedSharding(make_mesh(MeshShape(2, 4, 1)), spec)
+        target = jax.ShapeDtypeStruct(whole.shape, np.float32, sharding=sharding)
+        array = on_devices(target, read)
+        assert len(asked) == len(set(asked)) == parts
+        assert (array.dtype, array.sharding) == (np.float16, sharding)
+        np.testing.assert_array_equal(array, whole.astype(np.float16))
 
 
 def test_saving_replaces_a_model_and_nothing_else(folder, tmp_path, flat):

@@ -9,7 +9,8 @@ from moe_harness import check_report, errors, random_weights, run_oracle, sharde
 
 from moejax.config import ExchangeConfig, ExpertsConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
-from moejax.placement.arrays import contiguous, from_slots, home_slots, num_slots, place
+from moejax.placement.arrays import contiguous, from_slots, home_slots, num_slots
+from moejax.placement.choice import place
 from sharding.mesh import EXPERT
 
 # ---- the arrays -------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def test_bad_placements_are_refused():
         contiguous(3, 4)
 
 
-# ---- choosing a replica -----------------------------------------------------------------------
+# ---- in the layer -----------------------------------------------------------------------------
 
 G, S, E, K, TOKENS, D, R = 4, 3, 6, 3, 8, 16, 3
 
@@ -76,36 +77,6 @@ def random_placement(rng, replicas):
     content = np.full(G * S, -1)
     content[: counts.sum()] = np.repeat(np.arange(E), counts)
     return from_slots(rng.permutation(content), E, max_replicas=R)
-
-
-def place_all(experts_GTK, placement):
-    one = partial(place, placement=placement, slots_per_device=S)
-    return np.asarray(jax.jit(jax.vmap(one, axis_name=EXPERT))(experts_GTK))
-
-
-def test_local_replicas_first_and_others_in_turn(rng):
-    placement = random_placement(rng, R)
-    content = np.asarray(placement.slot_expert_P)
-    experts = np.argsort(rng.random((G, TOKENS, E)), axis=-1)[..., :K].astype(np.int32)
-    experts[:, 0] = -1
-    slots = place_all(experts, placement)
-    assert np.array_equal(slots < 0, experts < 0)
-    assert np.array_equal(content[slots[slots >= 0]], experts[experts >= 0])
-    for g in range(G):
-        here = content[g * S : (g + 1) * S]
-        for expert, slot in zip(experts[g].ravel(), slots[g].ravel()):
-            if expert >= 0 and expert in here:
-                assert slot // S == g
-
-    for e in range(E):  # all tokens ask for one expert: replicas elsewhere get equal shares
-        asked = place_all(np.full((G, TOKENS, 1), e, np.int32), placement)
-        holders = np.flatnonzero(content == e)
-        for g in set(range(G)) - set((holders // S).tolist()):
-            shares = np.bincount(asked[g].ravel(), minlength=G * S)[holders]
-            assert shares.max() - shares.min() <= 1
-
-
-# ---- in the layer -----------------------------------------------------------------------------
 
 
 def moe(mode):

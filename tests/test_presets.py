@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 from flax import nnx
-from test_families_config import PUBLISHED as CONFIGS
+from published_support import PUBLISHED as CONFIGS
 
 from moejax.config import ModelConfig
 from moejax.errors import UserError

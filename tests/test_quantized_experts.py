@@ -13,7 +13,7 @@ from oracle import relative_error
 
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.grouped_matmul import blocks
-from pallas_kernels.quantized_experts import api, convert
+from pallas_kernels.quantized_experts import api, convert, dequantized
 from pallas_kernels.quantized_experts.chunks import list_chunks
 from pallas_kernels.quantized_experts.decode import product
 from pallas_kernels.quantized_experts.decode_config import DecodeConfig, choose_decode
@@ -167,6 +167,19 @@ def test_few_rows(rng, name, shapes, activation):
 
 
 @needs_transposes
+@pytest.mark.parametrize("name", DTYPES)
+def test_many_rows(rng, monkeypatch, name):
+    """All matrices converted first: as near as the kernel that converts while it multiplies."""
+    shapes = dict(slots=3, tokens=40, copies=2, d_model=128, hidden=128, parts=2)
+    inputs, w_in, w_out = quantized_layer(rng, name, **shapes)
+    monkeypatch.setattr(dequantized, "MANY_ROWS", 80 // 3)
+    monkeypatch.setattr(api, "product", None)  # the other way is not gone
+    out = call(inputs, w_in, w_out, activation="swiglu", backend="mosaic_gpu")
+    want = oracle(inputs, inputs["x"], "swiglu")[0]
+    assert np.linalg.norm(out - want) <= 8e-3 * np.linalg.norm(want)
+
+
+@needs_transposes
 @pytest.mark.parametrize(
     "cut",
     [
@@ -266,7 +279,7 @@ def abstract(slots, tokens, copies, d_model, hidden, parts, dtype):
 @pytest.mark.parametrize(
     "shapes,activation",
     [((8, 1, 2, 4096, 14336, 2), "swiglu"), ((128, 256, 8, 2048, 768, 2), "swiglu")]
-    + [((4, 2048, 2, 256, 384, 1), "gelu"), ((4, 64, 2, 256, 128, 2), "swiglu_oai")],
+    + [((4, 1024, 2, 256, 384, 1), "gelu"), ((4, 64, 2, 256, 128, 2), "swiglu_oai")],
 )
 def test_lowering_for_cuda(name, shapes, activation):
     def function(*args):
@@ -275,6 +288,17 @@ def test_lowering_for_cuda(name, shapes, activation):
     exported = jax.export.export(jax.jit(function), platforms=["cuda"])
     text = exported(*abstract(*shapes, DTYPES[name])).mlir_module()
     assert text.count("quantized_up") and text.count("quantized_down")
+
+
+def test_many_rows_take_the_kernels_for_bfloat16():
+    shapes = (2, 768, 2, 256, 128, 2)  # 768 assignments a slot
+
+    def function(*args):
+        return api.quantized_experts(*args, activation="swiglu", backend="mosaic_gpu")
+
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"])
+    text = exported(*abstract(*shapes, jnp.int8)).mlir_module()
+    assert "quantized_up" not in text and "experts_up" in text
 
 
 def test_explanations():

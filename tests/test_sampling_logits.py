@@ -4,15 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from moejax.inference.logits import Penalties, forbid, penalized, top_logprobs
 from moejax.inference.params import SamplingParams
-from moejax.inference.sampling import (
-    Penalties,
-    RowSettings,
-    forbid,
-    penalized,
-    sample,
-    top_logprobs,
-)
+from moejax.inference.sampling import RowSettings, sample
 
 IDS = 17
 run = jax.jit(penalized)

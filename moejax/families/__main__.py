@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import tyro
 from moejax.cli import parse, run_main
 from moejax.errors import UserError
 from moejax.families import MODEL_TYPES, write_config
+from moejax.progress import NowAndThen
 
 if TYPE_CHECKING:
     from moejax.config import ModelConfig
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportConfig", "export", "main"]
 
-_NOTE_SECONDS = 5.0
 _DESCRIPTION = "Writes a model as a folder that Hugging Face transformers opens."
 
 
@@ -133,16 +132,14 @@ class _Notes:
     def __init__(self, total: int):
         self._left, self._total = total, total
         self._seen: set[str] = set()
-        self._noted = time.monotonic()
+        self._tell = NowAndThen(lambda line: print(line, file=sys.stderr, flush=True))
 
     def read(self, name: str, num_bytes: int) -> None:
         """A weight has been read, perhaps not for the first time."""
         if name not in self._seen:
             self._seen.add(name)
             self._left -= num_bytes
-        if time.monotonic() - self._noted > _NOTE_SECONDS:
-            self._noted = time.monotonic()
-            print(f"{1 - self._left / self._total:.0%} of the weights", file=sys.stderr, flush=True)
+        self._tell(f"{1 - self._left / self._total:.0%} of the weights")
 
 
 class _Weight:

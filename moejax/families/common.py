@@ -11,7 +11,19 @@ from moejax.families.fields import Fields
 from moejax.families.rope import write_rope
 from moejax.families.table import Rule
 
-__all__ = ["GATE_UP", "Sizes", "decoder_rules", "dense_prefix", "read_sizes", "write_sizes"]
+__all__ = [
+    "GATE_UP",
+    "Sizes",
+    "decoder_rules",
+    "dense_prefix",
+    "experts_rules",
+    "head_dim_of",
+    "read_sizes",
+    "shared_rules",
+    "window_of",
+    "write_sizes",
+    "write_windows",
+]
 
 GATE_UP = ("gate_proj", "up_proj")
 """Their names of a gated MLP's input projections, in our order."""
@@ -38,6 +50,10 @@ class Sizes:
     norm_eps: float
     tie_embeddings: bool
     compute_dtype: ComputeDtype
+
+    def attention(self, **fields: Any) -> AttentionConfig:
+        """Attention with these heads."""
+        return AttentionConfig(num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, **fields)
 
     def model(self, **fields: Any) -> ModelConfig:
         """A model of these sizes, for inference."""
@@ -153,6 +169,15 @@ def write_sizes(config: ModelConfig, model_type: str, architecture: str) -> dict
         "attention_dropout": 0.0,
         "use_cache": True,
         **write_rope(attention.rope_theta, attention.yarn),
+    }
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """The fields that `window_of` reads: one window, and which layers have it."""
+    windows = [layer.attention.window for layer in config.layers()]
+    return {
+        "sliding_window": max((w for w in windows if w), default=None),
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
     }
 
 

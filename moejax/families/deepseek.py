@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import (
-    AttentionConfig,
     ExpertsConfig,
     LatentConfig,
     ModelConfig,
@@ -93,9 +92,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     fields.ignore("qk_head_dim", "head_dim", "num_nextn_predict_layers", "num_mtp_layers")
     return fields.build(
         lambda: sizes.model(
-            attention=AttentionConfig(
-                num_heads=sizes.num_heads,
-                num_kv_heads=sizes.num_kv_heads,
+            attention=sizes.attention(
                 head_dim=nope + latent["rope_dim"],
                 rope_theta=theta,
                 rope_interleaved=interleaved,

@@ -14,14 +14,12 @@ import numpy as np
 
 from moejax.config import ModelConfig
 from moejax.data.tokenizer import Tokenizer
-from moejax.errors import UserError
 from moejax.families import bindings, write_config
 from moejax.families.folder import is_hf_folder
 from moejax.families.table import Binding
 from moejax.families.tensors import INDEX, SINGLE
-from moejax.inference.folder_files import check_weights, contents, put_in_place, write_json
+from moejax.inference.folder_files import check_weights, replacing, write_json
 from moejax.inference.safetensors_file import write_safetensors
-from moejax.training.files import disk_errors
 
 __all__ = ["save_hf_folder"]
 
@@ -71,24 +69,13 @@ def save_hf_folder(
     weights = {n: v for n, v in flat.items() if n.startswith(("params/", "bias/"))}
     _check(config, weights, target)
     parts = list(_Weights(weights, bindings(config, family)).parts(stored))
-    if target.exists() and not is_hf_folder(target) and any(contents(target)):
-        raise UserError(f"{target}: is there and is no model of transformers: choose another path")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with disk_errors(target):
-            part.mkdir(parents=True)
-            _write_weights(part, parts, max_file_bytes)
-            write_json(part / "config.json", {**hf, **ids})
-            write_json(
-                part / "generation_config.json", {k: v for k, v in ids.items() if v is not None}
-            )
-            _write_tokenizer(part, tokenizer)
-            for file in files:
-                shutil.copyfile(file, part / Path(file).name)
-            put_in_place(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with replacing(target, is_hf_folder, "model of transformers") as part:
+        _write_weights(part, parts, max_file_bytes)
+        write_json(part / "config.json", {**hf, **ids})
+        write_json(part / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+        _write_tokenizer(part, tokenizer)
+        for file in files:
+            shutil.copyfile(file, part / Path(file).name)
 
 
 class _Weights:

@@ -119,7 +119,7 @@ class Fields:
         if name in self.data and self.data[name] is None:
             self._seen.add(name)
             return None
-        return self.whole(name, 0, least=1) or default
+        return self.whole(name, 0) or default
 
     def number(self, name: str, default: float) -> float:
         """A finite number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +22,14 @@ from moejax.families.quantized import dequantized
 from moejax.families.tensors import open_tensors
 from moejax.inference.folder_files import (
     TOKENIZER_BYTES,
+    config_head,
+    differences,
     file_in,
     listed,
     read_json,
     read_small,
 )
-from moejax.inference.stored import Keep, keep_all
+from moejax.inference.stored import Keep, keep_all, on_devices
 
 if TYPE_CHECKING:
     from moejax.families.table import Binding
@@ -84,58 +86,59 @@ class HfFolder:
         from moejax.training.state import weight_targets
 
         targets = weight_targets(blueprint, np.dtype(blueprint.config.compute_dtype))
-        bound = bindings(self.config, self.model_type)
-        self._check(bound, targets)
+        self.check(targets)
         total = sum(math.prod(t.shape) * t.dtype.itemsize for t in targets.values())
         done = 0
         arrays: dict[str, Any] = {}
         for name, target in targets.items():
-            arrays |= keep(name, self._read_one(bound[name], target))
+            arrays |= keep(name, self.read_weight(name, target))
             done += math.prod(target.shape) * target.dtype.itemsize
             if progress is not None:
                 progress(done, total)
         return arrays
 
-    def _read_one(self, binding: Binding, target: Any) -> Any:
-        import jax
+    def check(self, targets: Mapping[str, Any]) -> None:
+        """Compares the tensors with the weights that a model needs.
 
-        # Devices that hold the same part share one copy on the host.
-        parts: dict[str, np.ndarray] = {}
+        Args:
+            targets: anything with `shape`, by name in logical order.
 
-        def part(index: Any) -> Any:
-            key = repr(index)
-            if key not in parts:
-                parts[key] = binding.read(self.tensors, target.shape, index, target.dtype)
-            return parts[key]
-
-        array = jax.make_array_from_callback(target.shape, target.sharding, part)
-        # One after the other: the next one's host copies are not made while these are needed.
-        return jax.block_until_ready(array)
-
-    def _check(self, bound: Mapping[str, Binding], targets: Mapping[str, Any]) -> None:
-        import jax.numpy as jnp
-
+        Raises:
+            UserError: the folder holds other names, shapes or kinds of numbers; all are told.
+        """
+        bound = self._bound
         wrong = [f"{name} has no rule" for name in targets.keys() - bound.keys()]
         wrong += [f"{name} is not in the model" for name in bound.keys() - targets.keys()]
-        used: set[str] = set()
-        for ours in bound.keys() & targets.keys():
-            shape = targets[ours].shape
-            wanted = bound[ours].shape(shape)
-            for name in bound[ours].names(shape):
-                used.add(name)
-                found = self.tensors.get(name)
-                if found is None:
-                    wrong.append(f"{name} is missing")
-                elif found.shape != wanted:
-                    wrong.append(f"{name} has shape {found.shape} and not {wanted}")
-                elif not jnp.issubdtype(found.dtype, jnp.floating):
-                    wrong.append(f"{name} is {found.dtype} and not a float")
-        wrong += [f"{name} is unknown" for name in self.tensors.keys() - used]
+        theirs = {
+            name: bound[ours].shape(target.shape)
+            for ours, target in targets.items()
+            if ours in bound
+            for name in bound[ours].names(target.shape)
+        }
+        wrong += differences(self.tensors, theirs)
         if wrong:
             raise UserError(
-                f"{self.path}: the weights are not those of config.json: {listed(sorted(wrong))}; "
-                "fetch the whole folder again"
+                f"{self.path}: the weights are not those of config.json, or it is of another "
+                f"model: {listed(sorted(wrong))}; fetch the whole folder again"
             )
+
+    def read_weight(self, name: str, target: Any) -> Any:
+        """One weight in the dtype and sharding of its target, after `check`.
+
+        Raises:
+            UserError: a scale is not finite.
+        """
+        binding = self._bound[name]
+        try:
+            return on_devices(
+                target, lambda index: binding.read(self.tensors, target.shape, index, target.dtype)
+            )
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @functools.cached_property
+    def _bound(self) -> dict[str, Binding]:
+        return bindings(self.config, self.model_type)
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -144,11 +147,8 @@ def is_hf_folder(path: Path) -> bool:
     Raises:
         UserError: its config.json is too large, or something else than a file.
     """
-    try:
-        head = json.loads(read_small(path / "config.json"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(head, dict) and "model_type" in head and "format" not in head
+    head = config_head(path)
+    return "model_type" in head and "format" not in head
 
 
 def open_hf_folder(path: Path) -> HfFolder:
@@ -206,7 +206,7 @@ def _read_tokenizer(
 ) -> tuple[Tokenizer | None, tuple[int, ...], int | None]:
     """The tokenizer, the ids that end a text, and the one that begins it."""
     generation, settings = (
-        read_json(folder / name) if file_in(folder, name).exists() else {}
+        read_json(file_in(folder, name), optional=True)
         for name in ("generation_config.json", "tokenizer_config.json")
     )
     end_ids = _ids(folder / "config.json", "eos_token_id", hf, config)

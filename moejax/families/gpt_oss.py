@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config import ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.families.common import (
     decoder_rules,
     head_dim_of,
     read_sizes,
     window_of,
     write_sizes,
+    write_windows,
 )
 from moejax.families.fields import Fields
 from moejax.families.rope import read_rope
@@ -60,9 +61,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     balance = fields.number("router_aux_loss_coef", 0.001)
     return fields.build(
         lambda: sizes.model(
-            attention=AttentionConfig(
-                num_heads=sizes.num_heads,
-                num_kv_heads=sizes.num_kv_heads,
+            attention=sizes.attention(
                 head_dim=head_dim,
                 rope_theta=theta,
                 yarn=yarn,
@@ -88,12 +87,10 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 def write_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """The config.json of a model; see `moejax.families.write_config`."""
     router = config.moe.router
-    windows = [layer.attention.window for layer in config.layers()]
     hf = {
         **write_sizes(config, model_type, "GptOssForCausalLM"),
         "head_dim": config.attention.head_dim,
-        "sliding_window": max((w for w in windows if w), default=None),
-        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+        **write_windows(config),
         "attention_bias": config.attention.bias,
         "intermediate_size": config.moe.experts.hidden,
         "num_local_experts": router.num_experts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config import ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.families.common import decoder_rules, experts_rules, read_sizes, write_sizes
 from moejax.families.fields import Fields
 from moejax.families.rope import read_rope
@@ -43,9 +43,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     balance = fields.number("router_aux_loss_coef", 0.01)
     return fields.build(
         lambda: sizes.model(
-            attention=AttentionConfig(
-                num_heads=sizes.num_heads,
-                num_kv_heads=sizes.num_kv_heads,
+            attention=sizes.attention(
                 head_dim=head_dim,
                 rope_theta=theta,
                 yarn=yarn,

@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.families.fields import short
+from moejax.inference.folder_files import listed
 
 __all__ = ["BlockScaled", "Mxfp4", "dequantized"]
 
@@ -160,8 +161,6 @@ def dequantized(tensors: Mapping[str, np.ndarray], scheme: Any) -> dict[str, Any
             if array.dtype in _FLOAT8
         ]
     if problems:
-        from moejax.inference.folder_files import listed
-
         raise UserError(
             f"{listed(sorted(problems))}: these numbers cannot be read; take a checkpoint in "
             "bfloat16, or one with the scheme of its family"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import AttentionConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config import ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.families.common import (
     decoder_rules,
     dense_prefix,
@@ -15,6 +15,7 @@ from moejax.families.common import (
     shared_rules,
     window_of,
     write_sizes,
+    write_windows,
 )
 from moejax.families.fields import Fields
 from moejax.families.rope import read_rope
@@ -57,9 +58,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         shared = fields.whole("shared_expert_intermediate_size", 5632)
     return fields.build(
         lambda: sizes.model(
-            attention=AttentionConfig(
-                num_heads=sizes.num_heads,
-                num_kv_heads=sizes.num_kv_heads,
+            attention=sizes.attention(
                 head_dim=head_dim,
                 rope_theta=theta,
                 yarn=yarn,
@@ -87,13 +86,13 @@ def write_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """The config.json of a model; see `moejax.families.write_config`."""
     third = model_type == "qwen3_moe"
     attention, router, experts = config.attention, config.moe.router, config.moe.experts
-    windows = [layer.attention.window for layer in config.layers()]
+    windows = write_windows(config)
     name = "Qwen3MoeForCausalLM" if third else "Qwen2MoeForCausalLM"
     hf = {
         **write_sizes(config, model_type, name),
         "head_dim": attention.head_dim,
-        "use_sliding_window": any(windows),
-        "sliding_window": max((w for w in windows if w), default=None),
+        "use_sliding_window": windows["sliding_window"] is not None,
+        "sliding_window": windows["sliding_window"],
         "intermediate_size": config.dense_hidden or experts.hidden,
         "mlp_only_layers": list(range(config.first_dense_layers)),
         "decoder_sparse_step": 1,
@@ -105,10 +104,9 @@ def write_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     }
     if third:
         return {**hf, "attention_bias": attention.bias}
-    kinds = ["sliding_attention" if w else "full_attention" for w in windows]
     return {
         **hf,
-        "layer_types": kinds,
+        **windows,
         "qkv_bias": attention.bias,
         "shared_expert_intermediate_size": experts.shared_hidden,
     }

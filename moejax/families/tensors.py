@@ -13,7 +13,7 @@ from moejax.errors import UserError
 from moejax.inference.folder_files import file_in, listed, read_json
 from moejax.inference.safetensors_file import open_safetensors
 
-__all__ = ["INDEX", "SINGLE", "file_in", "open_tensors"]
+__all__ = ["INDEX", "SINGLE", "open_tensors"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -23,12 +23,11 @@ import numpy as np
 from moejax.data.special_tokens import Written
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
-from moejax.inference.defaults import GenerationDefaults, read_object
-from moejax.inference.folder_files import file_in, read_small
+from moejax.inference.folder_files import file_in, read_json, read_small
 from moejax.inference.messages import ROLES, Message, read_messages, read_variables
 from moejax.inference.template_process import TemplateProcess
 
-__all__ = ["ChatTemplate", "GenerationDefaults"]
+__all__ = ["ChatTemplate"]
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
@@ -74,18 +73,13 @@ class ChatTemplate:
         self._names: dict[str, str] = {}
         text = None
         if folder is not None:
-            config = read_object(folder, "tokenizer_config.json")
+            config = read_json(file_in(folder, "tokenizer_config.json"), optional=True)
             text, source = _find_template(folder, config)
-            named = read_object(folder, "special_tokens_map.json")
+            named = read_json(file_in(folder, "special_tokens_map.json"), optional=True)
             self._names = _token_names({**named, **config})
         if text is not None:
             self._process = TemplateProcess(text, source, seconds)
         self.stop = () if text is not None else tuple(f"\n{role}:" for role in ROLES)
-
-    @property
-    def has_template(self) -> bool:
-        """Whether the folder has a template."""
-        return self._process is not None
 
     def close(self) -> None:
         """Ends the process that renders; it is started again when needed."""

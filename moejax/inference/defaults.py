@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moejax.errors import UserError
-from moejax.inference.folder_files import file_in, read_small
+from moejax.inference.folder_files import file_in, read_json
 from moejax.inference.params import SamplingParams
 
 __all__ = ["GenerationDefaults"]
@@ -51,10 +50,11 @@ class GenerationDefaults:
         `do_sample: false` means temperature 0.
 
         Raises:
-            UserError: the file cannot be read or holds a value out of range.
+            UserError: the file leads out of the folder, cannot be read, or holds a value out of
+                range.
         """
-        path = folder / "generation_config.json"
-        data = read_object(folder, path.name)
+        path = file_in(folder, "generation_config.json")
+        data = read_json(path, optional=True)
         values = {ours: data[name] for name, ours in _NAMES.items() if data.get(name) is not None}
         if data.get("do_sample") is False:
             values["temperature"] = 0.0
@@ -67,23 +67,3 @@ class GenerationDefaults:
         except UserError as error:
             raise UserError(f"{path}: {error}; correct it") from None
         return cls(values, tuple(ends))
-
-
-def read_object(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object of a file of a folder; empty where there is no file.
-
-    Raises:
-        UserError: it leads out of the folder, cannot be read or is no JSON object.
-    """
-    path = file_in(folder, name)
-    try:
-        data = json.loads(read_small(path))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; check the path") from None
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no JSON object; restore it from where the model came from")
-    return data

@@ -16,6 +16,7 @@ import numpy as np
 
 from moejax.errors import UserError
 from moejax.inference.drawing import Drawn, Level
+from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
 from moejax.inference.memory import default_pages
 from moejax.inference.params import SamplingParams
 from moejax.inference.programs import Programs
@@ -93,6 +94,7 @@ class Engine:
             pages=pages,
             page_len=settings.page_len,
             max_len=self.max_len,
+            one_wave=settings.deterministic and blueprint.shape.expert > 1,
         )
         # Of other threads: `_lock` guards these four.
         self._lock = threading.Lock()
@@ -191,6 +193,18 @@ class Engine:
         self._read(events)
         self._under_way = started
         return events
+
+    def pick_exchange(
+        self, how: DecodeExchange = "auto", timer: Timer | None = None
+    ) -> Picked | None:
+        """Chooses how decoding steps exchange rows; before `warm_up`, or its programs are in vain.
+
+        Without it they do as the model's config says, which steps with prompts do in any case.
+
+        Args:
+            how, timer: see `exchange_choice.pick`, which also says what is returned and raised.
+        """
+        return self._programs.pick_exchange(self._shapes.decode_rows(), how, timer)
 
     def warm_up(self, report: Callable[[int, int], None] | None = None) -> int:
         """Compiles every step that can come, so that no text waits for it later.

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from moejax.errors import UserError
 from moejax.inference.stored import Keep
 from moejax.layer import MoELayer
+from moejax.model.groups import lead_specs
 from moejax.quantized_bank import QuantizedWeight, WeightDtype
 from moejax.routing.bias import RouterBias
 from moejax.training.state import Blueprint, weight_targets
@@ -104,14 +104,8 @@ def _quantized(layer: nnx.Module, blueprint: Blueprint, weights: str, scanned: b
         after, state = nnx.split(changed)
         return state
 
-    def lead(variable: nnx.Variable) -> nnx.Variable:
-        spec: Any = variable.get_metadata().get("spec")
-        return variable.replace(spec=P(None, *spec))
-
     made = jax.eval_shape(jax.vmap(change) if scanned else change, state)
     if scanned:
         # The other variables know already that they are stacked.
-        found = nnx.to_flat_state(made)
-        stacked = [(path, lead(v) if isinstance(v, QuantizedWeight) else v) for path, v in found]
-        made = nnx.from_flat_state(stacked)
+        made = lead_specs(made, QuantizedWeight)
     return nnx.merge(after, made)

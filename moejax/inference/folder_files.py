@@ -8,12 +8,13 @@ are the links of transformers' own cache, where `models--NAME/snapshots/COMMIT/F
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ __all__ = [
     "TOKENIZER_BYTES",
     "check_regular",
     "check_weights",
-    "contents",
+    "config_head",
     "describe_file",
+    "differences",
     "file_in",
     "listed",
-    "put_in_place",
     "read_json",
     "read_small",
+    "replacing",
     "write_json",
 ]
 
@@ -107,26 +109,37 @@ def check_weights(path: Path, arrays: Mapping[str, Any], targets: Mapping[str, A
     Args:
         path: the folder, for the message.
         arrays: anything with `shape` and `dtype`, by name.
-        targets: likewise; their dtypes do not matter.
+        targets: anything with `shape`, by name.
 
     Raises:
         UserError: names, shapes or kinds of numbers differ; all are told.
     """
-    import jax.numpy as jnp
-
-    wrong = [f"{name} is missing" for name in targets if name not in arrays]
-    wrong += [f"{name} is unknown" for name in arrays if name not in targets]
-    for name in targets.keys() & arrays.keys():
-        found, wanted = arrays[name], targets[name]
-        if tuple(found.shape) != tuple(wanted.shape):
-            wrong.append(f"{name} has shape {tuple(found.shape)} and not {tuple(wanted.shape)}")
-        elif not jnp.issubdtype(found.dtype, jnp.floating):
-            wrong.append(f"{name} is {found.dtype} and not a float")
+    wrong = differences(arrays, {name: target.shape for name, target in targets.items()})
     if wrong:
         raise UserError(
             f"{path}: the weights are of another model: {listed(sorted(wrong))}; use the config "
             "they were made with"
         )
+
+
+def differences(arrays: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """How tensors differ from floats of these names and shapes; a phrase for each.
+
+    Args:
+        arrays: anything with `shape` and `dtype`, by name.
+        shapes: that are wanted, by name.
+    """
+    import jax.numpy as jnp
+
+    wrong = [f"{name} is missing" for name in shapes if name not in arrays]
+    wrong += [f"{name} is unknown" for name in arrays if name not in shapes]
+    for name in shapes.keys() & arrays.keys():
+        found, wanted = arrays[name], tuple(shapes[name])
+        if tuple(found.shape) != wanted:
+            wrong.append(f"{name} has shape {tuple(found.shape)} and not {wanted}")
+        elif not jnp.issubdtype(found.dtype, jnp.floating):
+            wrong.append(f"{name} is {found.dtype} and not a float")
+    return wrong
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -140,8 +153,12 @@ def describe_file(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        path: the file.
+        optional: whether it may be missing, which then is an empty object.
 
     Raises:
         UserError: the file is missing, too large, no file, or holds something else.
@@ -149,6 +166,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_small(path))
     except OSError as error:
+        if optional and isinstance(error, FileNotFoundError):
+            return {}
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); check the path"
         ) from None
@@ -157,6 +176,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged: no JSON object; restore the folder from a copy")
     return content
+
+
+def config_head(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json holds; nothing where it is missing or no JSON object.
+
+    Raises:
+        UserError: it is too large, or something else than a file.
+    """
+    try:
+        head = json.loads(read_small(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -168,7 +200,41 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_bytes((json.dumps(content, indent=1) + "\n").encode())
 
 
-def put_in_place(part: Path, target: Path) -> None:
+@contextlib.contextmanager
+def replacing(target: Path, is_one: Callable[[Path], bool], kind: str) -> Iterator[Path]:
+    """An empty folder to be filled, which takes the place of `target` when the block is done.
+
+    If the block fails, what was there stays.
+
+    Args:
+        target: the folder that is made or replaced.
+        is_one: whether a folder with something in it may be replaced.
+        kind: what such a folder is, for the message.
+
+    Raises:
+        UserError: the path is something else, or the disk is full.
+    """
+    with disk_errors(target):
+        if target.exists() and not is_one(target) and any(target.iterdir()):
+            raise UserError(f"{target}: is there and is no {kind}: choose another path")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with disk_errors(target):
+            part.mkdir(parents=True)
+            yield part
+            _put_in_place(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def listed(names: list[str]) -> str:
+    """Some words for a message, no more than fit one."""
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _put_in_place(part: Path, target: Path) -> None:
     """Puts a finished folder in its place; the old one goes only when the new one is there."""
     if not target.exists():
         part.rename(target)
@@ -181,22 +247,6 @@ def put_in_place(part: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def contents(folder: Path) -> Iterator[Path]:
-    """What lies in a folder.
-
-    Raises:
-        UserError: it is a file, or cannot be read.
-    """
-    with disk_errors(folder):
-        yield from folder.iterdir()
-
-
-def listed(names: list[str]) -> str:
-    """Some words for a message, no more than fit one."""
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _root(folder: Path) -> Path:

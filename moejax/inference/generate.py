@@ -63,8 +63,7 @@ class Generator:
             # The same call gives the same bits, whatever was generated before.
             prefix_reuse=False,
         )
-        self._weights = (params, biases)
-        self._engine = Engine(blueprint, *self._weights, num_ids=num_ids, settings=settings)
+        self._engine = Engine(blueprint, params, biases, num_ids=num_ids, settings=settings)
         self.max_len = self._engine.max_len
 
     def generate(

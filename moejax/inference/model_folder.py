@@ -11,9 +11,7 @@ into `NAME[start:stop]`. Nothing is unpickled.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +25,22 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.inference.folder_files import (
     check_weights,
-    contents,
+    config_head,
     describe_file,
     listed,
-    put_in_place,
     read_json,
+    replacing,
     write_json,
 )
 from moejax.inference.safetensors_file import header_bytes, open_safetensors, write_safetensors
-from moejax.inference.stored import Keep, StoredArray, collect_pieces, cut, keep_all
+from moejax.inference.stored import (
+    Keep,
+    StoredArray,
+    collect_pieces,
+    cut,
+    keep_all,
+    on_devices,
+)
 from moejax.training.config_json import config_from_json, config_to_json
 from moejax.training.files import disk_errors
 
@@ -85,33 +90,43 @@ class ModelFolder:
         Raises:
             UserError: the folder holds other names, shapes or kinds of numbers; all are told.
         """
-        import jax
+        self.check(targets)
+        kept: dict[str, Any] = {}
+        for name, target in targets.items():
+            dtype = target.dtype if name.startswith("bias/") else self.arrays[name].dtype
+            kept |= keep(name, self._read_as(name, target, dtype))
+        return kept
 
+    def check(self, targets: Mapping[str, Any]) -> None:
+        """Compares the weights with those that a model needs.
+
+        Args:
+            targets: anything with `shape`, by name.
+
+        Raises:
+            UserError: the folder holds other names, shapes or kinds of numbers; all are told.
+        """
         check_weights(self.path, self.arrays, targets)
 
-        def read(name: str) -> jax.Array:
-            stored, target = self.arrays[name], targets[name]
-            dtype = target.dtype if name.startswith("bias/") else stored.dtype
-            return jax.make_array_from_callback(
-                target.shape, target.sharding, lambda index: stored.read(index).astype(dtype)
-            )
+    def read_weight(self, name: str, target: Any) -> Any:
+        """One weight in the dtype and sharding of its target, after `check`."""
+        return self._read_as(name, target, target.dtype)
 
-        kept: dict[str, Any] = {}
-        for name in targets:
-            kept |= keep(name, read(name))
-        return kept
+    def _read_as(self, name: str, target: Any, dtype: Any) -> Any:
+        stored = self.arrays[name]
+        return on_devices(target, lambda index: stored.read(index).astype(dtype, copy=False))
 
 
 def is_model_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder claims to be a model folder, sound or not."""
+    """Whether a folder claims to be a model folder, sound or not.
+
+    Raises:
+        UserError: its config.json is too large, or something else than a file.
+    """
     folder = Path(path)
-    if (folder / _INDEX).exists():
-        return True
-    try:
-        head = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(head, dict) and "format" in head
+    head = config_head(folder)
+    # Folders of transformers may have an index of the same name.
+    return "format" in head or ("model_type" not in head and (folder / _INDEX).exists())
 
 
 def load_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
@@ -185,21 +200,12 @@ def save_model_folder(
     target = Path(path).absolute()
     weights = {n: v for n, v in flat.items() if n.startswith(("params/", "bias/"))}
     kept = _float32_names(config, weights, target)
-    if target.exists() and not is_model_folder(target) and any(contents(target)):
-        raise UserError(f"{target}: is there and is no model folder: choose another path")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with disk_errors(target):
-            part.mkdir(parents=True)
-            (part / "tokenizer").mkdir()
-            tokenizer.save(part / "tokenizer")
-            head = {"format": FORMAT, "version": VERSION, "model": config_to_json(config)}
-            write_json(part / "config.json", {**head, "record": dict(record)})
-            _write_weights(part, weights, kept, max_file_bytes, np.dtype(dtype))
-            put_in_place(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with replacing(target, is_model_folder, "model folder") as part:
+        (part / "tokenizer").mkdir()
+        tokenizer.save(part / "tokenizer")
+        head = {"format": FORMAT, "version": VERSION, "model": config_to_json(config)}
+        write_json(part / "config.json", {**head, "record": dict(record)})
+        _write_weights(part, weights, kept, max_file_bytes, np.dtype(dtype))
 
 
 def _write_weights(

@@ -5,14 +5,15 @@ row, N pages of its table, M tokens that a slot's history holds, V vocabulary, W
 packed rows.
 
 A step is two programs, the model's, one for each `Shape`, and one that draws tokens, for each
-number of rows and `Level`. What the host says of the rows travels as two int32 arrays, what the
-devices answer as one: a transfer for each small array would take longer than a small step.
+number of rows and `Level`. Steps that decode may exchange the rows of experts in their own way, for
+each number of rows (`exchange_choice`). What the host says of the rows travels as two int32 arrays,
+what the devices answer as one: a transfer for each small array would take longer than a small step.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,9 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.inference import exchange_choice
 from moejax.inference.drawing import Drawn, Level, choose
+from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
 from moejax.inference.params import MAX_LOGPROBS
 from moejax.inference.row_choice import EMPTY_CHOICE, RowChoice, pack, unpack
 from moejax.inference.scheduler import Plan
@@ -40,6 +43,19 @@ __all__ = ["Programs"]
 
 _MOST_COMPILERS = 8
 _STEP_COLUMNS = 3  # count, length, slot
+_NO_CHOICE_1F = pack(EMPTY_CHOICE)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A program of the model: for a shape, with an exchange of `exchange_choice`."""
+
+    shape: Shape
+    exchange: str
+
+    @property
+    def rows(self) -> int:
+        return self.shape.rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,8 @@ class Programs:
         pages: of each device.
         page_len: positions of a page.
         max_len: most tokens of a text.
+        one_wave: no exchange may need a further wave: a row's sums would have another order then,
+            and its bits depend on the other rows.
     """
 
     def __init__(
@@ -75,9 +93,14 @@ class Programs:
         pages: int,
         page_len: int,
         max_len: int,
+        one_wave: bool = False,
     ):
         config, mesh = blueprint.config, blueprint.mesh
         self._blueprint = blueprint
+        self._prompts: str = exchange_choice.UNMEASURED if one_wave else "config"
+        names: dict[str, None] = dict.fromkeys(["config", self._prompts])
+        self._variants = {n: exchange_choice.with_exchange(blueprint, n) for n in names}
+        self._exchanges: Mapping[int, str] = {}
         self._weights = (params, biases)
         self._num_ids = num_ids
         self._slots = slots
@@ -109,10 +132,10 @@ class Programs:
             return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
         def step(
-            weights: Any, layers: Any, history: Any, rows: Any, where: Any, tokens: int
+            weights: Any, layers: Any, history: Any, rows: Any, where: Any, key: _Forward
         ) -> Any:
             arrays = (weight_specs, layer_specs, by_row, by_row, by_row)
-            run = mapped(partial(self._step, tokens), arrays, (layer_specs, by_row))
+            run = mapped(partial(self._step, key), arrays, (layer_specs, by_row))
             return run(weights, layers, history, rows, where)
 
         def draw(logits: Any, history: Any, rows: Any, level: Level) -> Any:
@@ -120,9 +143,9 @@ class Programs:
             return run(logits, history, rows)
 
         # Compiled by hand, so that a shape is known to be compiled once and for all.
-        self._jitted_step = jax.jit(step, donate_argnums=1, static_argnames="tokens")
+        self._jitted_step = jax.jit(step, donate_argnums=1, static_argnames="key")
         self._jitted_draw = jax.jit(draw, donate_argnums=1, static_argnames="level")
-        self._compiled: dict[Shape | _Drawing, jax.stages.Compiled] = {}
+        self._compiled: dict[_Forward | _Drawing, jax.stages.Compiled] = {}
 
         def remember(history_RM: jax.Array, slots_B: jax.Array, tokens_BM: jax.Array) -> jax.Array:
             return history_RM.at[slots_B].set(tokens_BM, mode="drop")
@@ -136,6 +159,17 @@ class Programs:
         del self._layers, self._history_RM  # room for the new ones
         self._layers, self._history_RM = self._fresh()
 
+    def pick_exchange(
+        self, rows: Iterable[int], how: DecodeExchange, timer: Timer | None = None
+    ) -> Picked | None:
+        """Chooses how decoding steps of so many rows exchange them; see `exchange_choice.pick`."""
+        timer = timer or exchange_choice.median_seconds
+        picked = exchange_choice.pick(self._blueprint, self._weights, rows, how, timer=timer)
+        self._exchanges = {} if picked is None else picked.exchanges
+        for name in {*self._exchanges.values()} - self._variants.keys():
+            self._variants[name] = exchange_choice.with_exchange(self._blueprint, name)
+        return picked
+
     def compiled(self) -> int:
         """How many programs have been compiled."""
         return len(self._compiled)
@@ -147,7 +181,7 @@ class Programs:
         count = self._devices * shape.rows
         rows_BW = np.zeros((count, _STEP_COLUMNS), np.int32)
         rows_BW[:, 2] = self._slots  # none
-        choice_BF = np.repeat(pack(EMPTY_CHOICE), count, axis=0)
+        choice_BF = np.repeat(_NO_CHOICE_1F, count, axis=0)
         table_BN = np.full((count, shape.pages), -1, np.int32)
         tokens_BS = np.zeros((count, shape.tokens), np.int32)
         level = Level.GREEDY
@@ -178,7 +212,7 @@ class Programs:
         levels: Iterable[Level] = tuple(Level),
     ) -> int:
         """Compiles the steps of these shapes, several at once; see `Engine.warm_up`."""
-        wanted: list[Shape | _Drawing] = list(shapes)
+        wanted: list[_Forward | _Drawing] = [self._forward(shape) for shape in shapes]
         rows = sorted({shape.rows for shape in shapes})
         wanted += [_Drawing(n, level) for n in rows for level in levels]
         missing = [key for key in wanted if key not in self._compiled]
@@ -194,20 +228,25 @@ class Programs:
             pool.shutdown(cancel_futures=True)
         return len(missing)
 
-    def _lower(self, key: Shape | _Drawing) -> jax.stages.Lowered:
+    def _forward(self, shape: Shape) -> _Forward:
+        prompts = self._prompts
+        exchange = prompts if shape.tokens else self._exchanges.get(shape.rows, prompts)
+        return _Forward(shape, exchange)
+
+    def _lower(self, key: _Forward | _Drawing) -> jax.stages.Lowered:
         def of(columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
             shape = (self._devices * key.rows, columns)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
 
-        rows = of(_STEP_COLUMNS + pack(EMPTY_CHOICE).shape[1], jnp.int32)
+        rows = of(_STEP_COLUMNS + _NO_CHOICE_1F.shape[1], jnp.int32)
         if isinstance(key, _Drawing):
             logits = of(self._blueprint.config.padded_vocab, jnp.float32)
             return self._jitted_draw.lower(logits, self._history_RM, rows, level=key.level)
         state = self._weights, self._layers, self._history_RM
-        where = of(key.pages + key.tokens, jnp.int32)
-        return self._jitted_step.lower(*state, rows, where, tokens=key.tokens)
+        where = of(key.shape.pages + key.shape.tokens, jnp.int32)
+        return self._jitted_step.lower(*state, rows, where, key=key)
 
-    def _program(self, key: Shape | _Drawing) -> jax.stages.Compiled:
+    def _program(self, key: _Forward | _Drawing) -> jax.stages.Compiled:
         if key not in self._compiled:
             self._compiled[key] = self._lower(key).compile()
         return self._compiled[key]
@@ -215,7 +254,8 @@ class Programs:
     def _start(
         self, rows_BF: np.ndarray, where_BW: np.ndarray, shape: Shape, level: Level
     ) -> Drawn:
-        step, draw = self._program(shape), self._program(_Drawing(shape.rows, level))
+        step = self._program(self._forward(shape))
+        draw = self._program(_Drawing(shape.rows, level))
         rows, where = jax.device_put((rows_BF, where_BW), self._rows)
         self._layers, logits = step(self._weights, self._layers, self._history_RM, rows, where)
         if self._one_at_a_time:
@@ -245,7 +285,7 @@ class Programs:
 
     def _step(
         self,
-        tokens: int,
+        key: _Forward,
         weights: Any,
         layers: dict[str, LayerCache],
         history_RM: jax.Array,
@@ -254,20 +294,20 @@ class Programs:
     ) -> tuple[dict[str, LayerCache], jax.Array]:
         """Appends tokens to each row; inside the shard_map. The pages, and logits [B, V]."""
         count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
-        pages = where_BW.shape[1] - tokens
+        pages = key.shape.pages
         table_BN = where_BW[:, :pages]
-        if tokens:
+        if key.shape.tokens:
             tokens_BS = where_BW[:, pages:]
         else:
             # The token drawn last, which the host may not know yet.
             at = history_RM.at[slot_B, length_B]
             tokens_BS = at.get(mode="fill", fill_value=0)[:, None]
         mask_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32) < count_B[:, None]
-        model = self._blueprint.merge(*weights)
+        model = self._variants[key.exchange].merge(*weights)
         out = model(
             tokens_BS,
             token_mask_BS=mask_BS,
-            cache=KVCache(layers, length_B, table_BN),
+            cache=KVCache(layers, None if key.shape.begins else length_B, table_BN),
             inference=True,
         )
         assert out.cache is not None

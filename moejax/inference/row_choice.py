@@ -72,7 +72,7 @@ def pack(tree: Any) -> np.ndarray:
 
 
 def unpack(packed_BW: jax.Array, like: Any) -> Any:
-    """The inverse of `_pack`, on a device; `like` has the dtypes and the shapes after B."""
+    """The inverse of `pack`, on a device; `like` has the dtypes and the shapes after B."""
     leaves, tree = jax.tree.flatten(like)
     found, at = [], 0
     for leaf in leaves:

@@ -20,18 +20,10 @@ from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from moejax.errors import UserError
-from moejax.inference.logits import NEVER, Penalties, forbid, penalized, top_logprobs
+from moejax.inference.logits import NEVER
 from moejax.inference.params import SamplingParams
 
-__all__ = [
-    "Penalties",
-    "RowSettings",
-    "SamplingConfig",
-    "forbid",
-    "penalized",
-    "sample",
-    "top_logprobs",
-]
+__all__ = ["RowSettings", "SamplingConfig", "sample"]
 
 _LOWEST_KEY = -(2**31) + 1
 

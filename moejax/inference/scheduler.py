@@ -194,6 +194,7 @@ class Scheduler:
         rows = [
             [self._piece(text, size) for text in home.prefilling[:most]] for home in self._homes
         ]
+        begins = all(work.start == 0 for works in rows for work in works)
         for home, works in zip(self._homes, rows):
             unfinished = home.prefilling[len(works) :]
             for work in works:
@@ -208,7 +209,8 @@ class Scheduler:
                 home.decoding.append(text)
                 self._free_siblings(text)
             home.prefilling = unfinished
-        return Plan(self._shapes.prefill(max(map(len, rows)), size, self._table(rows)), rows)
+        most = max(map(len, rows))
+        return Plan(self._shapes.prefill(most, size, self._table(rows), begins=begins), rows)
 
     def _tokens_of_pieces(self, size: int) -> int:
         """How many tokens of prompts a step with pieces of this size would run."""

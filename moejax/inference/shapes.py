@@ -28,11 +28,13 @@ class Shape:
     rows: R of each device.
     tokens: S of a prompt's piece; 0 for decoding, which runs one token a row.
     pages: N of a row's table.
+    begins: all rows begin their texts, and so read no pages.
     """
 
     rows: int
     tokens: int
     pages: int
+    begins: bool = False
 
 
 class Shapes:
@@ -74,19 +76,25 @@ class Shapes:
         rows = self.rows if self._fixed else bucket(rows, self._least_rows, self.rows)
         return Shape(rows, 0, self._of_pages(pages, self._least_pages))
 
-    def prefill(self, rows: int, tokens: int, pages: int) -> Shape:
+    def prefill(self, rows: int, tokens: int, pages: int, *, begins: bool = False) -> Shape:
         """Likewise for pieces of prompts; S is one of `pieces`."""
         # Between one row and as many as there may be lies little: a shape less to compile.
         rows = self.pieces[tokens] if rows > 1 or self._fixed else 1
+        if begins and not self._fixed:  # there a row's bits may not depend on the others
+            return Shape(rows, tokens, min(-(-tokens // self._page_len), self.pages), begins=True)
         return Shape(rows, tokens, self._of_pages(pages, self._least_pages))
+
+    def decode_rows(self) -> list[int]:
+        """Every number of rows that a device may decode, in ascending order."""
+        return sorted({self.decode(rows, 1).rows for rows in range(1, self.rows + 1)})
 
     def all(self) -> list[Shape]:
         """Every shape that may come."""
         tables = sorted({self._of_pages(n, self._least_pages) for n in range(1, self.pages + 1)})
-        shapes: list[Shape] = []
+        pieces = [(rows, size) for size, most in self.pieces.items() for rows in (1, most)]
+        shapes = list(dict.fromkeys(self.prefill(*piece, 1, begins=True) for piece in pieces))
         for pages in tables:
             counts = range(1, self.rows + 1)
             shapes += dict.fromkeys(self.decode(rows, pages) for rows in counts)
-            for size, most in self.pieces.items():
-                shapes += dict.fromkeys(self.prefill(rows, size, pages) for rows in (1, most))
-        return shapes
+            shapes += dict.fromkeys(self.prefill(*piece, pages) for piece in pieces)
+        return list(dict.fromkeys(shapes))

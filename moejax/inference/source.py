@@ -33,7 +33,7 @@ PARTS = ("params", "bias")
 class ModelSource:
     """A model that can be loaded onto any mesh.
 
-    path: where it lies.
+    path: where it lies, with its other files, such as chat templates.
     config: the model.
     tokenizer: of its texts; None where a folder of transformers has no tokenizer.json.
     weights: reads the weights for a blueprint of this config, its `compute_dtype` aside: a flat
@@ -49,11 +49,6 @@ class ModelSource:
     weights: Callable[..., dict[str, Any]]
     end_ids: tuple[int, ...] = ()
     bos_id: int | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where its other files lie, such as chat templates."""
-        return self.path
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.

@@ -1,4 +1,4 @@
-"""Tensors larger than one file: cut along the first dimension when stored, joined when read."""
+"""Stored tensors: those larger than one file are cut in pieces; how they come onto devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.errors import UserError
 
-__all__ = ["Keep", "Piece", "StoredArray", "collect_pieces", "cut", "keep_all"]
+__all__ = ["Keep", "Piece", "StoredArray", "collect_pieces", "cut", "keep_all", "on_devices"]
 
 Keep = Callable[[str, Any], Mapping[str, Any]]
 """From a weight that was just read, its name and array, to what takes its place."""
@@ -85,6 +85,34 @@ class StoredArray:
 def keep_all(name: str, array: Any) -> Mapping[str, Any]:
     """Weights as they are."""
     return {name: array}
+
+
+def on_devices(target: Any, read: Callable[[Any], np.ndarray]) -> Any:
+    """Reads a tensor onto devices, each device only its own part.
+
+    Devices that hold the same part share one copy on the host.
+
+    Args:
+        target: anything with `shape` and `sharding`, such as a `jax.ShapeDtypeStruct`.
+        read: from the index of a part, a slice with step 1 for each dimension, to its numbers;
+            their dtype becomes the result's.
+
+    Returns:
+        The array, when all of it is there: the host's copies of the next one are made when these
+        are gone.
+    """
+    import jax
+
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = repr(index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    array = jax.make_array_from_callback(target.shape, target.sharding, part)
+    return jax.block_until_ready(array)
 
 
 def cut(name: str, shape: tuple[int, ...], dtype: np.dtype, limit: int) -> Iterator[Piece]:

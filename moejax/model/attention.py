@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import AttentionConfig, ModelConfig
 from moejax.model.cache import LayerCache
-from moejax.model.cached_attention import append, attend_cached
+from moejax.model.cached_attention import append, attend_cached, positions_in_text
 from moejax.model.dot_attention import Implementation, attend
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.mlp import add_bias
@@ -104,8 +104,9 @@ class Attention(nnx.Module):
             positions_BS: int32 [B, S] for the rotation.
             cache: keys and values so far. The S new ones are written behind them, and row b's
                 token s attends to the cache up to and including itself.
-            lengths_B: int32 [B] filled positions of the cache; required with it.
-            tables_BN: int32 [B, N], the cache's pages, see `KVCache`; likewise.
+            lengths_B: int32 [B] filled positions of the cache; None: none, and the new ones attend
+                to each other without reading them back.
+            tables_BN: int32 [B, N], the cache's pages, see `KVCache`; required with it.
 
         Returns:
             [B, S, D] in x's dtype, and the cache with the new positions, or None.
@@ -130,7 +131,12 @@ class Attention(nnx.Module):
         k_BSMh = place(project(self.w_k, self.b_k), self.k_scale)
         v_BSMh = project(self.w_v, self.b_v)
         sinks_N = None if self.sinks is None else self.sinks[...]
-        if cache is None:
+        at_BS = None
+        if cache is not None:
+            assert tables_BN is not None
+            at_BS = positions_in_text(lengths_B, x_BSD.shape[:2])
+            cache = append(cache, k_BSMh, v_BSMh, at_BS, tables_BN)
+        if cache is None or lengths_B is None:
             y_BSNh = attend(
                 q_BSNh,
                 k_BSMh,
@@ -141,9 +147,7 @@ class Attention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            assert lengths_B is not None and tables_BN is not None
-            at_BS = lengths_B[:, None] + jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
-            cache = append(cache, k_BSMh, v_BSMh, at_BS, tables_BN)
+            assert at_BS is not None and tables_BN is not None
             y_BSNh = attend_cached(
                 q_BSNh,
                 cache,

@@ -96,8 +96,8 @@ class Block(nnx.Module):
             placement: of this layer's experts; None for the contiguous one.
             token_mask_BS: bool [B, S], False for padding, which no expert sees.
             cache: this layer's keys and values.
-            lengths_B: int32 [B], positions of a row that are filled; required with the cache.
-            tables_BN: int32 [B, N], its pages, see `KVCache`; likewise.
+            lengths_B: int32 [B], positions of a row that are filled; None: none are.
+            tables_BN: int32 [B, N], its pages, see `KVCache`; required with the cache.
 
         Returns:
             [B, S, D], the experts' statistics (None for a dense layer), the new cache or None.

@@ -57,7 +57,8 @@ class KVCache:
     """The pages of all layers by layer group, and which of them hold which text.
 
     layers: from `LayerGroup.name`.
-    lengths_B: int32 [B], tokens of a row so far.
+    lengths_B: int32 [B], tokens of a row so far. None: all rows begin, which programs know when
+        they are compiled; tokens then attend to the call's own alone.
     tables_BN: int32 [B, N], page n of a row holds its positions n·L up to (n+1)·L. Ids count from
         0 on each device; -1, or P and above, is no page: writes there are dropped, reads masked.
         All layers use the same. Whoever makes the tables sees to it that no page that is written
@@ -65,7 +66,7 @@ class KVCache:
     """
 
     layers: dict[str, LayerCache]
-    lengths_B: jax.Array
+    lengths_B: jax.Array | None
     tables_BN: jax.Array
 
     @property

@@ -29,8 +29,15 @@ __all__ = [
     "flatten_layers",
     "gather",
     "layer_tables",
+    "positions_in_text",
     "seen",
 ]
+
+
+def positions_in_text(lengths_B: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """The positions int32 [B, S] of new tokens: from `lengths_B` on, or from 0 if that is None."""
+    new_S = jnp.arange(shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(new_S if lengths_B is None else lengths_B[:, None] + new_S, shape)
 
 
 def append(
@@ -137,7 +144,8 @@ def attend_cached(
 
     Single tokens read the pages where they are, if a kernel serves (`explain_decode`). For longer
     pieces the rows' pages are laid side by side, and what is seen of them is a mask for cuDNN, too:
-    its own causal mask begins with the first key, which is right for a text's first piece alone.
+    its own causal mask begins with the first key. A text's first piece needs no pages at all:
+    `attend` is half the work.
 
     Args:
         q_BSNh: [B, S, N, h] queries.

@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
         """
         if positions_BS is None:
             positions_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None]
-            if cache is not None:
+            if cache is not None and cache.lengths_B is not None:
                 positions_BS = positions_BS + cache.lengths_B[:, None]
             positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
         x_BSD = self.embedding(tokens_BS, jnp.dtype(self.config.compute_dtype))
@@ -192,7 +192,10 @@ class Decoder(nnx.Module):
                 if token_mask_BS is None
                 else jnp.sum(token_mask_BS, axis=1, dtype=jnp.int32)
             )
-            cache = KVCache(caches, cache.lengths_B + new, cache.tables_BN)
+            filled_B = jnp.zeros(len(tokens_BS), jnp.int32)
+            if cache.lengths_B is not None:
+                filled_B = cache.lengths_B
+            cache = KVCache(caches, filled_B + new, cache.tables_BN)
         aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
         return DecoderOutput(self.final_norm(x_BSD), aux, cache)
 
@@ -251,6 +254,19 @@ class Decoder(nnx.Module):
             # Products of weights, not of queries with keys: those grow with the square of S.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return jax.checkpoint(layer, policy=policy, prevent_cse=not scanned)
+
+    def report_experts(self, stride: int = 1) -> None:
+        """From now on a call reports the experts of its tokens in `aux.experts_TK`.
+
+        int32 [L_moe, T', K], K those of the layer with most; see `MoELayer.report_experts`.
+
+        Args:
+            stride: of this device's tokens, [B · S] in order; 1 reports all.
+        """
+        layers = [block.moe for block in self.layers.values() if block.moe is not None]
+        columns = max((layer.config.router.top_k for layer in layers), default=0)
+        for layer in layers:
+            layer.report_experts(columns, stride)
 
     def head_weight(self) -> jax.Array:
         """The output weights [D, V local]; the embedding's transpose if they are tied."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import jax
 from flax import nnx
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import LayerConfig, ModelConfig
 
-__all__ = ["LayerGroup", "layer_groups", "stack_states"]
+__all__ = ["LayerGroup", "layer_groups", "lead_specs", "stack_states"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,16 @@ def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
 def stack_states(states: Sequence[nnx.State]) -> nnx.State:
     """Stacks the variables of equal layers: values [L, ...], specs with a leading None."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return lead_specs(stacked)
+
+
+def lead_specs(state: nnx.State, kind: type[nnx.Variable] = nnx.Variable) -> nnx.State:
+    """The variables of stacked layers: specs get a leading None, those of `kind` alone."""
 
     def lead(variable: nnx.Variable) -> nnx.Variable:
         spec = variable.get_metadata().get("spec")
-        return variable if spec is None else variable.replace(spec=P(None, *spec))
+        if spec is None or not isinstance(variable, kind):
+            return variable
+        return variable.replace(spec=P(None, *spec))
 
-    return _map_variables(lead, stacked)
-
-
-def _map_variables(function: Any, state: nnx.State) -> nnx.State:
-    return nnx.from_flat_state([(path, function(v)) for path, v in nnx.to_flat_state(state)])
+    return nnx.from_flat_state([(path, lead(v)) for path, v in nnx.to_flat_state(state)])

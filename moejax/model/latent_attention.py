@@ -18,7 +18,13 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import AttentionConfig
 from moejax.model.attention import Implementation
 from moejax.model.cache import LayerCache
-from moejax.model.cached_attention import append, attend_cached, gather, seen
+from moejax.model.cached_attention import (
+    append,
+    attend_cached,
+    gather,
+    positions_in_text,
+    seen,
+)
 from moejax.model.dot_attention import attend
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.norm import rms_normalize
@@ -114,8 +120,9 @@ class LatentAttention(nnx.Module):
             positions_BS: int32 [B, S] for the rotation.
             cache: latents so far. The S new ones are written behind them, and row b's token s
                 attends to the cache up to and including itself.
-            lengths_B: int32 [B] filled positions of the cache; required with it.
-            tables_BN: int32 [B, N], see `KVCache`; likewise.
+            lengths_B: int32 [B] filled positions of the cache; None: none, and the new ones attend
+                to each other without reading them back.
+            tables_BN: int32 [B, N], see `KVCache`; required with the cache.
 
         Returns:
             [B, S, D] in x's dtype, and the cache with the new positions, or None.
@@ -127,7 +134,12 @@ class LatentAttention(nnx.Module):
         )
         q_BSNh = self._queries(source_BSQ, positions_BS)
         config = self.config
-        if cache is None:
+        at_BS = None
+        if cache is not None:
+            assert tables_BN is not None
+            at_BS = positions_in_text(lengths_B, x_BSD.shape[:2])
+            cache = append(cache, kv_BSc[:, :, None], None, at_BS, tables_BN)
+        if cache is None or lengths_B is None:
             y_BSNv = attend(
                 q_BSNh,
                 *self._expand(kv_BSc),
@@ -136,9 +148,7 @@ class LatentAttention(nnx.Module):
                 implementation=self.implementation,
             )
         else:
-            assert lengths_B is not None and tables_BN is not None
-            at_BS = lengths_B[:, None] + jnp.arange(x_BSD.shape[1], dtype=jnp.int32)
-            cache = append(cache, kv_BSc[:, :, None], None, at_BS, tables_BN)
+            assert at_BS is not None and tables_BN is not None
             many = not absorbs(config, x_BSD.shape[1])
             read = self._attend_expanded if many else self._attend_latents
             y_BSNv = read(q_BSNh, cache, at_BS, tables_BN)

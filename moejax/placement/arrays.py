@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Int32
 
 from moejax.errors import UserError
 from sharding import collectives
@@ -26,7 +25,7 @@ __all__ = [
     "gather_bank",
     "home_slots",
     "num_slots",
-    "place",
+    "slots_at_home",
 ]
 
 
@@ -115,44 +114,32 @@ def from_slots(
 
 def contiguous(num_experts: int, devices: int) -> Placement:
     """The home assignment as a placement: every expert once."""
-    slots = np.full(devices * num_slots(num_experts, devices), -1, np.int32)
-    slots[home_slots(num_experts, devices)] = np.arange(num_experts)
-    return from_slots(slots, num_experts)
+    return from_slots(slots_at_home(num_experts, devices), num_experts)
 
 
-def place(
-    experts_TK: Int32[Array, "T K"], placement: Placement, slots_per_device: int
-) -> Int32[Array, "T K"]:
-    """Chooses a physical slot for every assignment: a replica on this device, else dealt in turn.
+def slots_at_home(num_experts: int, devices: int, slots: int | None = None) -> np.ndarray:
+    """The expert in each slot where all are at home: int32 [G·S], −1 for empty slots.
 
     Args:
-        experts_TK: int32 logical experts, −1 for none.
-        placement: one layer's placement.
-        slots_per_device: S.
+        num_experts: E.
+        devices: G.
+        slots: S, the first ones of a device are filled; None: as many as home needs.
 
-    Returns:
-        int32 [T, K] physical slots, −1 for none.
+    Raises:
+        UserError: there are fewer experts than devices.
     """
-    num_experts = placement.replica_count_E.shape[0]
-    safe_TK = jnp.clip(experts_TK, 0, num_experts - 1)
-    options_TKR = placement.replica_slots_ER[safe_TK]
-    if options_TKR.shape[-1] == 1:
-        slots_TK = options_TKR[..., 0]
-    else:
-        me = collectives.axis_index(EXPERT)
-        here_TKR = options_TKR // slots_per_device == me
-        turn_T1 = (jnp.arange(experts_TK.shape[0], dtype=jnp.int32) + me)[:, None]
-        dealt_TK = turn_T1 % placement.replica_count_E[safe_TK]
-        pick_TK = jnp.where(here_TKR.any(-1), jnp.argmax(here_TKR, -1).astype(jnp.int32), dealt_TK)
-        slots_TK = jnp.take_along_axis(options_TKR, pick_TK[..., None], axis=-1)[..., 0]
-    return jnp.where(experts_TK >= 0, slots_TK, -1)
+    rows = num_slots(num_experts, devices)
+    content_GS = np.full((devices, rows if slots is None else slots), -1, np.int32)
+    home_E = home_slots(num_experts, devices)
+    content_GS[home_E // rows, home_E % rows] = np.arange(num_experts, dtype=np.int32)
+    return content_GS.reshape(-1)
 
 
 def gather_bank(bank: jax.Array, placement: Placement, num_experts: int) -> jax.Array:
     """This device's slots filled from the experts' homes; the transpose sums replicas home.
 
     Gathers the whole bank on every device, G times its part in memory and on the wire: the
-    reference for any placement. A cheaper exchange comes with migration.
+    reference that tests compare `moejax.placement.fetch` with.
 
     Args:
         bank: [S_home, ...], this device's part of the home bank.

@@ -18,6 +18,7 @@ import tyro
 
 from moejax.errors import UserError
 from moejax.inference.engine import QueueFull
+from moejax.progress import NowAndThen
 from moejax.serving.answers import Answer
 from moejax.serving.batch_file import (
     line_id,
@@ -42,8 +43,6 @@ DESCRIPTION = """Answers a file of requests.
 
 Lines of the input: {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions" or
 "/v1/completions", "body": {...}}. Started again with the same files it goes on where it was."""
-
-_NOTE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class _Batch:
         self._result = Result(0, 0, 0, 0, 0.0)
 
     def run(self, source: IO[bytes]) -> Result:
-        start = noted = time.monotonic()
+        start, tell = time.monotonic(), NowAndThen(note)
         seen: set[str] = set()
         for number, data in enumerate(lines(source), 1):
             if not data.strip():
@@ -160,9 +159,7 @@ class _Batch:
             while self._under_way >= self._together:
                 self._take()
             self._begin(number, data, seen)
-            if time.monotonic() - noted > _NOTE_SECONDS:
-                noted = time.monotonic()
-                note(f"{self._result.answered} answered, at line {number}")
+            tell(f"{self._result.answered} answered, at line {number}")
         while self._under_way:
             self._take()
         return replace(self._result, seconds=time.monotonic() - start)

@@ -49,7 +49,11 @@ def line_id(number: int) -> str:
 
 def name_of(number: int, custom_id: str | None) -> str:
     """What tells an answered line from others; a nameless one is known by its place."""
-    return f"id {custom_id}" if custom_id is not None else f"line {line_id(number)}"
+    return _name_of(line_id(number), custom_id)
+
+
+def _name_of(line: str, custom_id: str | None) -> str:
+    return f"line {line}" if custom_id is None else f"id {custom_id}"
 
 
 def lines(source: IO[bytes]) -> Iterator[bytes]:
@@ -114,13 +118,13 @@ def _answered(out: IO[bytes], path: str) -> dict[str, bool]:
             end += len(data)
             try:
                 line = json.loads(data)
-                custom_id, line_id = line["custom_id"], line["id"]
+                name = _name_of(line["id"], line["custom_id"])
                 failed = (line.get("response") or {}).get("status_code") != 200
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(
                     f"--output {path}: line {number} is no answer of a batch; name another file"
                 ) from None
-            done[f"line {line_id}" if custom_id is None else f"id {custom_id}"] = failed
+            done[name] = failed
     out.truncate(end)
     out.seek(end)
     return done

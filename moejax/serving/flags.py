@@ -50,6 +50,8 @@ class EngineFlags(ModelFlags):
         prefill_chunk: most tokens of prompts that a device runs between two steps of decoding.
         max_waiting: most requests that wait; more are refused.
         deterministic: a text's bits do not depend on the other texts (slower).
+        decode_exchange: how experts' rows travel between devices when single tokens are decoded;
+            `auto` measures, `config` is what the model's configuration says.
     """
 
     max_rows: int = 32
@@ -59,6 +61,7 @@ class EngineFlags(ModelFlags):
     prefill_chunk: int = 512
     max_waiting: int = 1024
     deterministic: bool = False
+    decode_exchange: Literal["auto", "config", "ring", "all_to_all", "remote"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,14 +1,16 @@
-"""The mode `routes` of `infer.py`: which experts a text uses, layer by layer.
+"""The mode `routes` of `infer.py`: which experts texts use, layer by layer.
 
-Shape letters: L layers with experts, E experts, B windows of the text, S tokens of a window.
+Shape letters: L layers with experts, E experts, N tokens, K experts of a token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -24,15 +26,11 @@ from moejax.serving.start import (
 )
 from moejax.serving.text_model import TextModel
 
-if TYPE_CHECKING:
-    from moejax.training.state import Blueprint
+__all__ = ["RoutesConfig", "main"]
 
-__all__ = ["RoutesConfig", "count_routes", "draw_routes", "main"]
+DESCRIPTION = """Shows which experts texts use: counts, layer × expert, pictures, traces."""
 
-DESCRIPTION = """Shows which experts a text uses: counts, layer × expert, and a picture."""
-
-_WINDOW = 512
-_TOGETHER = 8  # windows of each device that run at once
+_PICTURES = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -40,23 +38,56 @@ class RoutesConfig(ModelFlags):
     """What to count, and where to write it.
 
     Attributes:
-        text: file to read; `-` is standard input.
+        text: files to read, each a document; `-` is standard input.
         prompt: the text itself.
+        domain: a label for all documents, or one for each; if not given, their files' names without
+            the ending.
         counts: file for the counts, .npz: counts [layer, expert], layers, tokens.
         picture: file for the picture, .png or .svg; empty: none.
+        pairs_picture: file for a picture of which experts are chosen together, .png or .svg; empty:
+            none.
+        placement_stats: file for what a placement is planned from, .npz: pairs [layer, expert,
+            expert], load [layer, expert], tokens [layer]; empty: none.
+        trace: file for every token's experts, .npz: experts [token, layer, choice], lens and
+            domains of the documents, num_experts; empty: none.
     """
 
-    text: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
     prompt: Annotated[str, tyro.conf.arg(aliases=["-p"], metavar="TEXT")] = ""
+    domain: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     counts: Annotated[str, tyro.conf.arg(metavar="FILE")] = "routes.npz"
     picture: Annotated[str, tyro.conf.arg(metavar="FILE")] = "routes.png"
+    pairs_picture: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    placement_stats: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
+    trace: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.counts).suffix != ".npz":
-            raise UserError(f"--counts {self.counts}: must end with .npz")
-        if self.picture and Path(self.picture).suffix not in (".png", ".svg"):
-            raise UserError(f"--picture {self.picture}: must end with .png or .svg")
+        for name, endings in {
+            "counts": (".npz",),
+            "picture": _PICTURES,
+            "pairs_picture": _PICTURES,
+            "placement_stats": (".npz",),
+            "trace": (".npz",),
+        }.items():
+            path = getattr(self, name)
+            if (path or name == "counts") and Path(path).suffix not in endings:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {path}: must end with {' or '.join(endings)}")
+        if self.text.count("-") > 1:
+            raise UserError("--text - -: standard input can be read once; name it once")
+        documents = max(len(self.text), 1)
+        if len(self.domain) not in (0, 1, documents):
+            raise UserError(
+                f"--domain has {len(self.domain)} labels for {documents} documents: give one for "
+                "all, or one for each"
+            )
+
+    @property
+    def domains(self) -> list[str]:
+        """A label of each document."""
+        names = ["stdin" if path == "-" else Path(path).stem for path in self.text] or ["prompt"]
+        return [*self.domain] * (len(names) // len(self.domain)) if self.domain else names
 
 
 def main(config: RoutesConfig) -> None:
@@ -68,108 +99,68 @@ def main(config: RoutesConfig) -> None:
     from moejax.inference.source import open_model
 
     if bool(config.text) == bool(config.prompt):
-        raise UserError("--text, --prompt: give one of them, a file or a text")
+        raise UserError("--text, --prompt: give one of them, files or a text")
     source = open_model(config.model or None, progress=reading_notes())
     layers = [i for i, layer in enumerate(source.config.layers()) if layer.moe is not None]
     if not layers:
         raise UserError(f"{source.path}: the model has no experts")
-    text = config.prompt or _read(config.text)
-    if not text:
-        raise UserError("the text is empty: there is nothing to count")
+    texts = [config.prompt] if config.prompt else [_read(path) for path in config.text]
+    for path, text in zip(config.text, texts):
+        if not text:
+            raise UserError(f"--text {path}: the text is empty: there is nothing to count")
     # With the id that begins a text, if the model wants one: it changes all that follows.
-    tokens = TextModel.open(source, chats=False).encode(text)
+    texts_of = TextModel.open(source, chats=False)
+    documents = [texts_of.encode(text) for text in texts]
     shape = start_devices(config, source.config)
     keep_compiled_programs()
+
+    from moejax.placement.record import record
+    from moejax.placement.statistics import Statistics, write_statistics
+    from moejax.placement.trace import Trace, write_trace
+    from moejax.serving.route_pictures import draw_pairs, draw_routes
+
     loaded = load_model(source, shape, config.dtype, config.expert_weights)
-    counts_LE = count_routes(*loaded, tokens)
+    recording = record(*loaded, documents, tokens=bool(config.trace))
+    load_LE, tokens = recording.load_LE, recording.num_tokens
+    with _told(config.counts):
+        np.savez(config.counts, counts=load_LE, layers=layers, tokens=tokens)
+    if config.picture:
+        with _told(config.picture):
+            draw_routes(load_LE, layers, config.picture)
+    if config.pairs_picture:
+        with _told(config.pairs_picture):
+            draw_pairs(recording.pairs_LEE, load_LE, tokens, layers, config.pairs_picture)
+    if config.placement_stats:
+        counts = (recording.pairs_LEE, load_LE, np.full(len(layers), tokens))
+        statistics = Statistics(*(array.astype(np.float32) for array in counts))
+        write_statistics(config.placement_stats, statistics)
+    if recording.experts_NLK is not None:
+        lens = np.array([len(document) for document in documents], np.int64)
+        experts = load_LE.shape[1]
+        trace = Trace(recording.experts_NLK, lens, experts, tuple(config.domains))
+        write_trace(config.trace, trace)
+    uses = load_LE.sum(axis=1, keepdims=True)
+    busiest = (load_LE / uses).max() * load_LE.shape[1]
+    idle = int((load_LE == 0).sum())
+    files = (
+        *(config.counts, config.picture, config.pairs_picture),
+        *(config.placement_stats, config.trace),
+    )
+    note(
+        f"{tokens} tokens; the busiest expert of a layer has {busiest:.1f} times the mean, "
+        f"{idle} of {load_LE.size} are idle; {' '.join(filter(None, files))}"
+    )
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Turns what the system says of a file into one line."""
     try:
-        np.savez(config.counts, counts=counts_LE, layers=layers, tokens=len(tokens))
-        if config.picture:
-            draw_routes(counts_LE, layers, config.picture)
+        yield
     except OSError as error:
         raise UserError(
-            f"{error.filename or config.counts}: {error.strerror or error}; name another file"
+            f"{error.filename or path}: {error.strerror or error}; name another file"
         ) from None
-    uses = counts_LE.sum(axis=1, keepdims=True)
-    busiest = (counts_LE / uses).max() * counts_LE.shape[1]
-    idle = int((counts_LE == 0).sum())
-    note(
-        f"{len(tokens)} tokens; the busiest expert of a layer has {busiest:.1f} times the mean, "
-        f"{idle} of {counts_LE.size} are idle; {config.counts} {config.picture}".rstrip()
-    )
-
-
-def count_routes(blueprint: Blueprint, params: Any, biases: Any, tokens: np.ndarray) -> np.ndarray:
-    """How often each expert of each layer was chosen.
-
-    A text longer than a window of 512 tokens, or than the context, is cut into several, and the
-    model sees nothing across a cut.
-
-    Args:
-        blueprint: model and mesh.
-        params, biases: its weights.
-        tokens: int [n], n > 0.
-
-    Returns:
-        int64 [L, E]; each row sums to n · K.
-    """
-    import jax
-    from jax import numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
-    from sharding.collectives import psum_statistics
-    from sharding.mesh import TOKEN_AXES
-    from sharding.specs import specs_of
-
-    length = min(_WINDOW, blueprint.config.max_context, len(tokens))
-    devices = blueprint.shape.data * blueprint.shape.expert
-    windows = -(-len(tokens) // length)
-    together = devices * min(_TOGETHER, -(-windows // devices))
-    steps = -(-windows // together)
-    tokens_NBS = np.zeros(steps * together * length, np.int32)
-    tokens_NBS[: len(tokens)] = tokens
-    shape = (steps, together, length)
-    mask_NBS = (np.arange(tokens_NBS.size) < len(tokens)).reshape(shape)
-
-    def count(params: Any, biases: Any, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
-        model = blueprint.merge(params, biases)
-        out = model(tokens_BS, token_mask_BS=mask_BS, inference=True)
-        assert out.aux is not None
-        return psum_statistics(out.aux.counts_E, TOKEN_AXES)
-
-    rows = P(TOKEN_AXES, None)
-    run = jax.jit(
-        jax.shard_map(
-            count,
-            mesh=blueprint.mesh,
-            in_specs=(specs_of(blueprint.params), blueprint.bias_specs, rows, rows),
-            out_specs=P(),
-            check_vma=False,
-        )
-    )
-    batches = zip(tokens_NBS.reshape(shape), mask_NBS)
-    counts = [np.asarray(run(params, biases, jnp.asarray(t), jnp.asarray(m))) for t, m in batches]
-    return np.array(counts, np.int64).sum(axis=0)
-
-
-def draw_routes(counts_LE: np.ndarray, layers: list[int], path: str) -> None:
-    """Draws the share of each expert in its layer, as a multiple of an equal share.
-
-    The experts of a layer are numbered as they are; they are not related across layers.
-    """
-    from matplotlib.figure import Figure
-
-    num_layers, experts = counts_LE.shape
-    shares_LE = counts_LE / np.maximum(counts_LE.sum(axis=1, keepdims=True), 1) * experts
-    figure = Figure((min(4 + experts / 12, 16), min(2 + num_layers / 4, 16)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(shares_LE, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
-    shown = range(0, num_layers, max(1, num_layers // 24))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
-    figure.colorbar(image, label="uses, 1: as many as the mean expert of the layer")
-    figure.savefig(path, dpi=120)
 
 
 def _read(path: str) -> str:

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax.progress import NowAndThen
 from moejax.serving.flags import EngineFlags, ModelFlags
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from moejax.config import ModelConfig
+    from moejax.data.tokenizer import Tokenizer
     from moejax.inference.engine import Engine, EngineSettings
     from moejax.inference.source import ModelSource
     from moejax.serving.loop import EngineLoop
@@ -27,11 +31,10 @@ __all__ = [
     "make_engine",
     "note",
     "reading_notes",
+    "running_loop",
     "running_model",
     "start_devices",
 ]
-
-_NOTE_SECONDS = 5.0
 
 
 def start_devices(flags: ModelFlags, model: ModelConfig) -> MeshShape:
@@ -87,7 +90,11 @@ def load_model(
 
 
 def make_engine(
-    source: ModelSource, flags: EngineFlags, settings: EngineSettings | None = None
+    source: ModelSource,
+    flags: EngineFlags,
+    settings: EngineSettings | None = None,
+    *,
+    measure: bool = False,
 ) -> Engine:
     """The engine that the flags ask for.
 
@@ -95,18 +102,22 @@ def make_engine(
         source: the model.
         flags: how it runs.
         settings: of the engine; None takes those of the flags.
+        measure: let `--decode-exchange auto` measure. Else, with deterministic settings, which
+            should not depend on a clock, and on fake devices it takes a fixed one.
 
     Raises:
         UserError: whatever a user can mend.
     """
     from moejax.inference.engine import Engine
+    from moejax.inference.exchange_choice import UNMEASURED
     from moejax.serving.text_model import end_ids
 
     settings = settings or flags.engine_settings()
     shape = start_devices(flags, source.config)
     keep_compiled_programs()
+    loaded = load_model(source, shape, flags.dtype, flags.expert_weights)
     engine = Engine(
-        *load_model(source, shape, flags.dtype, flags.expert_weights),
+        *loaded,
         num_ids=None if source.tokenizer is None else source.tokenizer.vocab_size,
         end_ids=end_ids(source),
         settings=settings,
@@ -115,7 +126,31 @@ def make_engine(
     if engine.max_len < wanted:
         why = f"--pages {settings.pages} hold" if settings.pages else "the free memory holds"
         note(f"texts of at most {engine.max_len} tokens, not {wanted}: {why} no more")
+    how = flags.decode_exchange
+    measure = measure and not settings.deterministic and _have_speeds(loaded[0].mesh)
+    if how == "auto" and not measure:
+        how = UNMEASURED
+    picked = engine.pick_exchange(how)
+    if picked is not None and picked.seconds:
+        note(str(picked))
     return engine
+
+
+def _have_speeds(mesh: Mesh) -> bool:
+    """Whether its devices have speeds of their own; fake ones share a processor."""
+    return mesh.devices.flat[0].platform != "cpu"
+
+
+@contextlib.contextmanager
+def running_loop(engine: Engine, tokenizer: Tokenizer) -> Iterator[EngineLoop]:
+    """The loop that runs an engine, ended with the context."""
+    from moejax.serving.loop import EngineLoop
+
+    loop = EngineLoop(engine, tokenizer).start()
+    try:
+        yield loop
+    finally:
+        loop.stop()
 
 
 @contextlib.contextmanager
@@ -140,48 +175,30 @@ def running_model(
         UserError: whatever a user can mend.
     """
     from moejax.inference.source import open_model
-    from moejax.serving.loop import EngineLoop
     from moejax.serving.text_model import TextModel
 
     settings = dataclasses.replace(flags.engine_settings(), prefix_reuse=prefix_reuse)
     source = open_model(flags.model or None, progress=reading_notes())
     model = TextModel.open(source, name, chats=chats)
     try:
-        engine = make_engine(source, flags, settings)
+        engine = make_engine(source, flags, settings, measure=True)
         if warm_up:
             _warm_up(engine)
-        loop = EngineLoop(engine, model.tokenizer).start()
-        try:
+        with running_loop(engine, model.tokenizer) as loop:
             yield model, loop
-        finally:
-            loop.stop()
     finally:
         model.close()
 
 
 def reading_notes() -> Callable[[int, int], None]:
     """Tells now and then how much of the weights has been read; see `open_model`."""
-    noted = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal noted
-        if time.monotonic() - noted > _NOTE_SECONDS:
-            noted = time.monotonic()
-            note(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB of weights")
-
-    return report
+    tell = NowAndThen(note)
+    return lambda done, total: tell(f"read {done / 1e9:.1f} of {total / 1e9:.1f} GB of weights")
 
 
 def _warm_up(engine: Engine) -> None:
-    start = noted = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal noted
-        if time.monotonic() - noted > _NOTE_SECONDS:
-            noted = time.monotonic()
-            note(f"compiled {done} of {total} steps")
-
-    count = engine.warm_up(report)
+    start, tell = time.monotonic(), NowAndThen(note)
+    count = engine.warm_up(lambda done, total: tell(f"compiled {done} of {total} steps"))
     note(f"compiled {count} steps in {time.monotonic() - start:.1f} s")
 
 

@@ -24,7 +24,7 @@ _LEAST_CHARACTERS = 16
 
 def end_ids(source: ModelSource) -> tuple[int, ...]:
     """All ids that end a text: of the weights' folder and of its generation_config.json."""
-    defaults = GenerationDefaults.read(source.folder)
+    defaults = GenerationDefaults.read(source.path)
     return tuple(dict.fromkeys((*source.end_ids, *defaults.end_ids)))
 
 
@@ -66,8 +66,8 @@ class TextModel:
         return cls(
             name or source.path.resolve().name,
             tokenizer,
-            ChatTemplate(source.folder, tokenizer, bos_id=source.bos_id) if chats else None,
-            GenerationDefaults.read(source.folder),
+            ChatTemplate(source.path, tokenizer, bos_id=source.bos_id) if chats else None,
+            GenerationDefaults.read(source.path),
             end_ids(source),
             source.bos_id,
         )

@@ -111,6 +111,15 @@ class TrainConfig:
             or of Hugging Face transformers. Empty: random weights.
         seed: of the weights and of the order of examples.
         deterministic: the same bits run to run on GPU too (slower); on CPU they always are.
+        placement_stats: count which experts are chosen together and how often, for planning where
+            experts should live; written into the run directory.
+        placement_stats_every: steps between writing them; 0: only at the end.
+        placement_stats_window: steps that they look back on, older ones fade; 0: all since the
+            run was started or continued.
+        placement: where experts are computed. `home`: where their weights are stored, in order.
+            `auto`: planned from the run's own traffic, and followed; results stay the same.
+        replicas: slots of each device for copies of experts, with placement=auto.
+        rebalance_every: steps between looks at the traffic, likewise.
         dry_run: print parameters, FLOPs, memory and bytes moved for the mesh, and stop.
     """
 
@@ -131,6 +140,12 @@ class TrainConfig:
     init_from: str = ""
     seed: int = 0
     deterministic: bool = False
+    placement_stats: bool = False
+    placement_stats_every: int = 100
+    placement_stats_window: int = 100
+    placement: Literal["home", "auto"] = "home"
+    replicas: int = 0
+    rebalance_every: int = 100
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -138,10 +153,11 @@ class TrainConfig:
             raise UserError(
                 f"steps={self.steps}, accumulate={self.accumulate}: both must be at least 1"
             )
-        for name in ("devices", "loss_chunk", "eval_every", "save_every"):
+        intervals = ("eval_every", "save_every", "placement_stats_every", "placement_stats_window")
+        for name in ("devices", "loss_chunk", "replicas", *intervals):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be 0 or more")
-        for name in ("eval_windows", "keep"):
+        for name in ("eval_windows", "keep", "rebalance_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.data.batch_size % self.accumulate:
@@ -154,3 +170,15 @@ class TrainConfig:
                 f"seq_len={self.data.seq_len}: longer than the model's "
                 f"max_context={self.model.max_context}; raise --model.max-context"
             )
+        if self.replicas and self.placement == "home":
+            raise UserError(
+                f"replicas={self.replicas}: at home every expert is there once; choose "
+                "placement=auto or no replicas"
+            )
+        if not any(layer.moe for layer in self.model.layers()):
+            for name, asked in (
+                ("placement_stats=True", self.placement_stats),
+                ("placement=auto", self.placement == "auto"),
+            ):
+                if asked:
+                    raise UserError(f"{name}: the model has no layer with experts; leave it off")

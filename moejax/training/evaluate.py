@@ -1,4 +1,4 @@
-"""Held-out bits per byte during and after training."""
+"""Held-out bits per byte."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.data.pipeline import HeldOutWindows
-from moejax.training.config import TrainConfig
 from moejax.training.state import Blueprint, TrainState
 from moejax.training.step import make_eval_step, make_gather
 from sharding.mesh import TOKEN_AXES
@@ -24,16 +23,24 @@ class Evaluator:
 
     Args:
         blueprint: model and mesh.
-        config: the run's; batch size and loss chunk are read.
         windows: the held-out text.
+        batch_size: windows at once, rounded to a multiple of the devices that they are split over.
+        loss_chunk: tokens whose logits exist at a time; 0: all.
     """
 
-    def __init__(self, blueprint: Blueprint, config: TrainConfig, windows: HeldOutWindows):
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        windows: HeldOutWindows,
+        *,
+        batch_size: int,
+        loss_chunk: int,
+    ):
         self._blueprint = blueprint
         self._windows = windows
         share = blueprint.shape.data * blueprint.shape.expert
-        self._rows = max(share, config.data.batch_size // share * share)
-        self._step = make_eval_step(blueprint, config.loss_chunk)
+        self._rows = max(share, batch_size // share * share)
+        self._step = make_eval_step(blueprint, loss_chunk)
         self._gather = make_gather(blueprint)
 
     def weights(self, state: TrainState) -> nnx.State:
@@ -44,8 +51,8 @@ class Evaluator:
         """Bits per byte of UTF-8 text.
 
         Args:
-            params: from `weights`.
-            biases: of the training state.
+            params: split by their use, as from `weights` or `load_weights`.
+            biases: of the routers.
             limit: use this many windows, spread evenly (an estimate); None: every token once.
         """
         windows, count = self._windows, len(self._windows.tokens)

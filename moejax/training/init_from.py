@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.errors import UserError
+from moejax.progress import NowAndThen
 from moejax.training.config import DataConfig, OptimizerConfig, TrainConfig
 from moejax.training.config_json import config_differences, config_to_json
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from moejax.training.streaming import WeightStream
 
 __all__ = ["check_initialised", "initial_state", "starting_config", "tokenizer_of_weights"]
-
-_NOTE_SECONDS = 5.0
 
 # Neither a weight's shape nor its meaning depends on these.
 _FREE = {
@@ -150,10 +148,9 @@ class _Loader:
     """Puts weights where a step takes them from; beside them there is one tensor of a layer."""
 
     def __init__(self, blueprint: Blueprint, stream: WeightStream, report: Callable[[str], None]):
-        self._blueprint, self._stream, self._report = blueprint, stream, report
+        self._blueprint, self._stream, self._tell = blueprint, stream, NowAndThen(report)
         self._done = 0
         self._total = sum(map(stream.num_bytes, stream.targets))
-        self._noted = time.monotonic()
 
     def load(self, part: str, like: nnx.State, specs: Any) -> nnx.State:
         """A state like `like`, its values stored as `specs` say."""
@@ -191,9 +188,7 @@ class _Loader:
     def _take(self, name: str) -> jax.Array:
         array = self._stream.take(name)
         self._done += self._stream.num_bytes(name)
-        if time.monotonic() - self._noted > _NOTE_SECONDS:
-            self._noted = time.monotonic()
-            self._report(f"read {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB of weights")
+        self._tell(f"read {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB of weights")
         return array
 
 

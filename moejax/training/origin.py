@@ -15,8 +15,7 @@ from typing import Any
 
 from moejax.errors import UserError
 from moejax.families.folder import is_hf_folder
-from moejax.families.tensors import file_in
-from moejax.inference.folder_files import read_json
+from moejax.inference.folder_files import file_in, read_json
 from moejax.inference.source import ModelSource
 from moejax.training.files import disk_errors, write_atomically
 

@@ -6,6 +6,9 @@ evaluations.jsonl one line an evaluation
 summary.json      the figures a finished run ended with
 checkpoints/      see `moejax.training.checkpoint`
 samples.txt  loss.png  expert_load.png
+placement.jsonl   one line for each look at the traffic, with `placement=auto`
+placement.png  placement.npz  what that did, and the slots of the last one
+placement_stats.npz  which experts are chosen together, with `placement_stats`
 lock              held by the process that writes
 """
 
@@ -99,6 +102,11 @@ class RunDir:
         """`expert_load.png`."""
         return self.path / "expert_load.png"
 
+    @property
+    def placement_stats_path(self) -> Path:
+        """`placement_stats.npz`."""
+        return self.path / "placement_stats.npz"
+
     def bind_config(
         self, config: Any, must_match: Sequence[str] = ("model",), free: Sequence[str] = ()
     ) -> bool:
@@ -156,12 +164,13 @@ class RunDir:
             self._log().append(row)
 
     def cut_metrics(self, step: int) -> None:
-        """Removes metrics and evaluations of `step` and later, before a run resumes there."""
+        """Removes what was written of `step` and later, before a run resumes there."""
         if self.writable:
             self._log().cut(step)
-            if self.evaluations_path.exists():
-                with contextlib.closing(MetricsLog(self.evaluations_path)) as log:
-                    log.cut(step)
+            for path in (self.evaluations_path, self._placements_path):
+                if path.exists():
+                    with contextlib.closing(MetricsLog(path)) as log:
+                        log.cut(step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, oldest first."""
@@ -172,10 +181,26 @@ class RunDir:
         """`evaluations.jsonl`: held-out bits per byte, one line an evaluation."""
         return self.path / "evaluations.jsonl"
 
+    @property
+    def placement_path(self) -> Path:
+        """`placement.png`."""
+        return self.path / "placement.png"
+
+    @property
+    def _placements_path(self) -> Path:
+        return self.path / "placement.jsonl"
+
+    def append_placement(self, row: dict[str, Any]) -> None:
+        """Adds a line to `placement.jsonl`, in the place of one of the same step."""
+        self._append(self._placements_path, row)
+
     def append_evaluation(self, row: dict[str, Any]) -> None:
         """Adds a line to `evaluations.jsonl`, in the place of one of the same step."""
+        self._append(self.evaluations_path, row)
+
+    def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.writable:
-            with contextlib.closing(MetricsLog(self.evaluations_path)) as log:
+            with contextlib.closing(MetricsLog(path)) as log:
                 log.cut(row["step"])
                 log.append(row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 import shlex
@@ -15,6 +16,8 @@ from moejax.data.corpus import reference_compression
 from moejax.errors import UserError
 from moejax.inference.source import open_model
 from moejax.layer import MoEAux
+from moejax.placement.counting import make_counters, read_counters
+from moejax.placement.statistics import write_statistics
 from moejax.routing.metrics import router_metrics
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
@@ -23,6 +26,7 @@ from moejax.training.evaluate import Evaluator
 from moejax.training.init_from import initial_state
 from moejax.training.origin import keep_origin
 from moejax.training.pictures import draw_expert_load, draw_loss
+from moejax.training.placing import Placing
 from moejax.training.report import StepTimer, format_duration, print_summary, step_line
 from moejax.training.rundir import RunDir
 from moejax.training.state import (
@@ -56,7 +60,7 @@ class Session:
     ):
         self._run, self._checkpoints = run, checkpoints
         self._blueprint, self._config, self._text = blueprint, config, text
-        self._references: dict[str, float] | None = None
+        self.placing = Placing(run, blueprint, config)
         self._held_out: dict[int, float] = {}
         self._compiled = False
         device = blueprint.mesh.devices.flat[0]
@@ -111,6 +115,23 @@ class Session:
         flat = jax.block_until_ready(to_logical(state))
         self._checkpoints.save(int(state.step), flat, metadata)
 
+    def start_counting(self, state: TrainState) -> TrainState:
+        """The state with empty counters of the experts that are chosen together, if it is asked."""
+        if not self._config.placement_stats and self._config.placement == "home":
+            return state
+        config = self._blueprint.config
+        layers = sum(layer.moe is not None for layer in config.layers())
+        counts = make_counters(self._blueprint.mesh, layers, config.moe.router.num_experts)
+        return dataclasses.replace(state, counts=jax.block_until_ready(counts))
+
+    def write_placement_stats(self, state: TrainState) -> None:
+        """Writes what was counted, if anything was; a run that is over keeps what it has."""
+        if state.counts is None or not self._config.placement_stats:
+            return
+        statistics = read_counters(state.counts, self._blueprint.mesh)  # by all processes
+        if self._run.writable and statistics.tokens_L.any():
+            write_statistics(self._run.placement_stats_path, statistics)
+
     def log(self, step: int, metrics: dict[str, Any], timer: StepTimer) -> None:
         """Waits for a step's metrics, writes its line of metrics.jsonl and prints it."""
         metrics = jax.device_get(metrics)
@@ -134,6 +155,7 @@ class Session:
             "model_flops_utilisation": mfu,
             "memory_bytes": _memory_bytes(self._blueprint.mesh),
             **self._moe_metrics(step, metrics["moe"]),
+            **self.placing.metrics,
         }
         self._run.append_metrics(row)
         line = step_line(
@@ -195,6 +217,7 @@ class Session:
     ) -> None:
         """Draws the pictures and, unless stopped early, evaluates everything and sums up."""
         step = int(state.step)
+        self.placing.finish()
         if stopped:
             self._draw({})
             return

@@ -18,6 +18,7 @@ from moejax.model.attention import Implementation
 from moejax.model.canonical import canonical, from_canonical
 from moejax.model.decoder import Decoder
 from moejax.model.groups import layer_groups
+from moejax.placement.counting import Counts
 from moejax.routing.bias import RouterBias
 from moejax.training.optimizer import init_moments
 from sharding.mesh import AXES, MeshShape
@@ -45,12 +46,15 @@ class TrainState:
     masters: float32 weights, stored as `Blueprint.storage` says.
     moments: Adam's first and second moments, stored alike.
     biases: the routers' selection biases, replicated.
+    counts: each device's counters of the experts that are chosen together, `COUNTERS_SPEC`; None
+        where nobody counts. They are in no checkpoint.
     """
 
     step: jax.Array
     masters: nnx.State
     moments: tuple[nnx.State, nnx.State]
     biases: nnx.State
+    counts: Counts | None = None
 
 
 class Blueprint:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moejax.layer import MoEAux
+from moejax.placement import counting
 from moejax.routing.bias import update_bias
 from moejax.training.config import TrainConfig
 from moejax.training.optimizer import adamw_update, learning_rate
@@ -45,12 +48,27 @@ def make_train_step(
     None or stacked [L_moe, …]. The state's buffers are donated. Metrics are replicated:
     `loss` and `aux_loss` (nats a token), `grad_norm`, `learning_rate`, and `moe`, the layers'
     `MoEAux` summed over devices and microbatches ([L_moe, …]); None without experts.
+
+    A state with `counts` comes back with those of this step, too; older ones fade as
+    `config.placement_stats_window` says. Without, nothing is counted.
     """
     compute_dtype = jnp.dtype(blueprint.config.compute_dtype)
     tokens = config.data.batch_size // config.accumulate * config.data.seq_len
+    window = config.placement_stats_window
+    decay = 1 - 1 / window if window else 1.0
 
-    def loss_share(weights: nnx.State, biases: nnx.State, batch_BS: jax.Array, placement: Any):
+    def loss_share(
+        weights: nnx.State,
+        biases: nnx.State,
+        batch_BS: jax.Array,
+        placement: Any,
+        *,
+        counted: bool,
+    ):
         model = blueprint.merge(weights, biases)
+        if counted:
+            most = max(1, counting.STEP_TOKENS // config.accumulate)
+            model.report_experts(counting.sample_stride(batch_BS[:, 1:].size, most))
         out = model(batch_BS[:, :-1], placement=placement)
         nll_BS = model.nll(out.hidden_BSD, batch_BS[:, 1:], chunk=config.loss_chunk or None)
         loss = jnp.sum(nll_BS) / tokens
@@ -61,8 +79,9 @@ def make_train_step(
 
     def step(state: TrainState, batch: jax.Array, placement: Any):
         weights = gather_weights(state.masters, blueprint.storage, compute_dtype)
+        share = partial(loss_share, counted=state.counts is not None)
         grads, (loss, extra, moe) = _accumulated(
-            jax.grad(loss_share, has_aux=True), weights, state.biases, batch, placement
+            jax.grad(share, has_aux=True), weights, state.biases, batch, placement
         )
         grads = scatter_gradients(grads, blueprint.storage)
         rate = learning_rate(config.optimizer, config.steps, state.step)
@@ -77,6 +96,10 @@ def make_train_step(
         )
         biases = _balanced(state.biases, blueprint, moe)
         loss, extra = psum_statistics((loss, extra), TOKEN_AXES)
+        counts = state.counts
+        if counts is not None and moe is not None:
+            new = counting.count(moe.experts_TK, blueprint.config.moe.router.num_experts)
+            counts, moe = counting.add_step(counts, new, decay), replace(moe, experts_TK=None)
         metrics = {
             "loss": loss,
             "aux_loss": extra,
@@ -84,9 +107,10 @@ def make_train_step(
             "learning_rate": rate,
             "moe": moe,
         }
-        return TrainState(state.step + 1, masters, moments, biases), metrics
+        return TrainState(state.step + 1, masters, moments, biases, counts), metrics
 
-    specs = blueprint.state_specs()
+    counters: Any = counting.COUNTERS_SPEC
+    specs = replace(blueprint.state_specs(), counts=counters)
     mapped = jax.shard_map(
         step,
         mesh=blueprint.mesh,

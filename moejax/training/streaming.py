@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from moejax.families import bindings
-from moejax.families.folder import is_hf_folder, open_hf_folder
+from moejax.families.folder import HfFolder, is_hf_folder, open_hf_folder
 from moejax.inference.folder_files import check_weights
-from moejax.inference.model_folder import is_model_folder, load_model_folder
+from moejax.inference.model_folder import ModelFolder, is_model_folder, load_model_folder
 from moejax.inference.source import PARTS, ModelSource
 from moejax.training.state import Blueprint, logical_targets
 
 __all__ = ["WeightStream"]
-
-ReadPart = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 class WeightStream:
@@ -44,34 +39,22 @@ class WeightStream:
         """
         self.targets: dict[str, Any] = logical_targets(blueprint, PARTS)
         self._arrays: dict[str, jax.Array] = {}
-        self._part: ReadPart | None = None
+        self._folder: HfFolder | ModelFolder | None = None
         if is_hf_folder(source.path):
-            self._part = self._open_hf(source)
+            self._folder = open_hf_folder(source.path)
         elif is_model_folder(source.path):
-            stored = load_model_folder(source.path).arrays
-            check_weights(source.path, stored, self.targets)
-            self._part = lambda name, index: stored[name].read(index)
+            self._folder = load_model_folder(source.path)
+        if self._folder is not None:
+            self._folder.check(self.targets)
         else:
             self._arrays = source.weights(blueprint)
             check_weights(source.path, self._arrays, self.targets)
 
     def read(self, name: str) -> jax.Array:
         """One weight, as its target says."""
-        target, part = self.targets[name], self._part
-        if part is None:
+        if self._folder is None:
             return self._arrays[name]
-        # Devices that hold the same part share one copy on the host.
-        parts: dict[str, np.ndarray] = {}
-
-        def on_device(index: Any) -> np.ndarray:
-            key = repr(index)
-            if key not in parts:
-                parts[key] = part(name, index).astype(target.dtype, copy=False)
-            return parts[key]
-
-        array = jax.make_array_from_callback(target.shape, target.sharding, on_device)
-        # The host's copies of the next one are made when these are gone.
-        return jax.block_until_ready(array)
+        return self._folder.read_weight(name, self.targets[name])
 
     def take(self, name: str) -> jax.Array:
         """The same, for the last time."""
@@ -82,26 +65,3 @@ class WeightStream:
     def num_bytes(self, name: str) -> int:
         """Size of a weight in float32."""
         return 4 * math.prod(self.targets[name].shape)
-
-    def _open_hf(self, source: ModelSource) -> ReadPart:
-        found = open_hf_folder(source.path)
-        bound = bindings(found.config, found.model_type)
-        check_weights(source.path, _known(bound, self.targets), self.targets)
-        theirs = {
-            name: jax.ShapeDtypeStruct(bound[ours].shape(target.shape), np.float32)
-            for ours, target in self.targets.items()
-            for name in bound[ours].names(target.shape)
-        }
-        check_weights(source.path, found.tensors, theirs)
-
-        def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-            shape = self.targets[name].shape
-            return bound[name].read(found.tensors, shape, index, np.dtype(np.float32))
-
-        return part
-
-
-def _known(bound: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table of names knows, in the shapes that are wanted of it."""
-    unknown = jax.ShapeDtypeStruct((), np.float32)
-    return {name: targets.get(name, unknown) for name in bound}

@@ -3,9 +3,9 @@
 Backends are tried in order, as for the grouped matmul; `explain` says which one serves. Shape
 letters as in `pallas_kernels.fused_experts.api`.
 
-With bfloat16 rows one kernel serves any number of rows: it reads 8-bit weights and never stores
-dequantized ones. It is made for few rows, where the weights' bytes are the time; at many rows the
-conversion of a weight is repeated for every 64 rows, and float8 rows are the faster way.
+With bfloat16 rows one kernel reads 8-bit weights and never stores dequantized ones. It is made for
+few rows, where the weights' bytes are the time. For many rows all matrices are converted once
+(`dequantized.py`); float8 rows are the faster way there, at a cost in accuracy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pallas_kernels import backends
 from pallas_kernels.fused_experts.activations import ACTIVATIONS
 from pallas_kernels.fused_experts.api import ROW_ALIGNMENT, check_assignments, sum_places
 from pallas_kernels.hopper.compat import hopper_refusal
-from pallas_kernels.quantized_experts import blocked, prefill, reference
+from pallas_kernels.quantized_experts import blocked, dequantized, prefill, reference
 from pallas_kernels.quantized_experts.chunks import list_chunks
 from pallas_kernels.quantized_experts.decode import product
 from pallas_kernels.quantized_experts.decode_config import choose_decode
@@ -122,7 +122,7 @@ def _products(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, activatio
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _apply(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, options, backend):
-    activation, rows, assignments = options
+    activation, rows, assignments, expected = options
     arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ)
     if backend == "reference":
         source_A = copy_A // place_RJ.shape[1]
@@ -135,6 +135,10 @@ def _apply(x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S, options, bac
         )
     if rows == "float8":
         return prefill.fp8_experts(*arrays, copy_A, sizes_S, activation=activation)
+    if dequantized.pays(expected, sizes_S.shape[0]):
+        return dequantized.quantized_experts(
+            *arrays, copy_A, sizes_S, activation=activation, assignments=assignments
+        )
     return _products(*arrays, copy_A, sizes_S, activation)
 
 
@@ -160,6 +164,7 @@ def quantized_experts(
     activation: str,
     rows: Rows = "bfloat16",
     assignments: int | None = None,
+    expected: int | None = None,
     backend: str | None = None,
 ) -> Float[Array, "R D'"]:
     """Σ_j scores[r, j] · act(x[r] @ w_in[slot]) @ w_out[slot] over a row's assignments.
@@ -178,8 +183,9 @@ def quantized_experts(
         rows: what rows and hidden activations are multiplied as. `bfloat16`, or x's own dtype where
             no kernel serves, is exact but for the weights' quantization; `float8` quantizes them,
             too, by blocks of 128 (e4m3).
-        assignments: the most that have a place, which bounds the work of `blocked`: were there
+        assignments: the most that have a place, which bounds the work of some backends: were there
             more, some would be lost without a word. None: R·J.
+        expected: as many have a place on average, which says whether rows are many. None: the most.
         backend: one of `BACKENDS`; None tries them in order.
 
     Returns:
@@ -203,4 +209,5 @@ def quantized_experts(
     check_assignments(assignments)
     most = place_RJ.size if assignments is None else min(assignments, place_RJ.size)
     arrays = (x_RD, w_in, w_out, scores_RJ, place_RJ, copy_A, sizes_S)
-    return _apply(*arrays, (activation, rows, most), chosen)
+    likely = most if expected is None else min(expected, most)
+    return _apply(*arrays, (activation, rows, most, likely), chosen)
