@@ -39,6 +39,20 @@ def expand(q):
 
 
 @pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("k,n", [(16, 32), (256, 160)])
+def test_values_do_not_depend_on_the_program(rng, name, k, n):
+    """Weights half way between two steps: the same bits operation by operation and compiled."""
+    largest = 127 if name == "int8" else 448
+    steps = rng.integers(0, largest, size=(64, k, n)) + 0.5
+    steps[:, ::BLOCK, ::BLOCK] = largest
+    w = jnp.asarray(steps * rng.uniform(0.1, 1, size=(64, 1, 1)), jnp.float32)
+    want = quantize(w, DTYPES[name])
+    got = jax.jit(lambda w: quantize(w, DTYPES[name]))(w)
+    np.testing.assert_array_equal(got.scales, want.scales)
+    np.testing.assert_array_equal(*(q.values.astype(jnp.float32) for q in (got, want)))
+
+
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("k,n", [(256, 128), (160, 320)])
 def test_quantized_matrices(rng, name, k, n):
     """Each value is within half a unit of its block's grid; zero blocks and small sizes, too."""

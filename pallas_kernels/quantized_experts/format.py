@@ -94,7 +94,9 @@ def quantize(w: jax.Array, dtype: Any) -> QuantizedMatrices:
     magnitudes = jnp.pad(jnp.abs(w), padding)
     magnitudes = magnitudes.reshape(*lead, _blocks(n), BLOCK, _blocks(k), BLOCK)
     scales = _scales(magnitudes, (-3, -1), largest)
-    scaled = w / _spread(_spread(scales, len(lead), n), len(lead) + 1, k)
+    # Not w / scale: XLA divides or multiplies by the reciprocal as the program around it is, and a
+    # value between two steps would be rounded up in one program, down in another.
+    scaled = w * _spread(_spread(1.0 / scales, len(lead), n), len(lead) + 1, k)
     return QuantizedMatrices(_to_values(scaled, dtype, largest), scales)
 
 
