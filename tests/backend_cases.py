@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import numpy as np
+from float8_flips import cut_hidden, other_roundings, without_flips
 from jax import numpy as jnp
 from kernel_support import BFLOAT16, ON_GPU, draw, padded_layout, wide
 from oracle import activate, mlp
@@ -79,6 +80,7 @@ class Problem:
     scales: what errors are relative to where that is not the norm, by name.
     plain: results of the plain reference in bfloat16, and what they should be.
     hidden_values: whose rounding is in all results, the large ones' above all.
+    without_flips: of an output, on a GPU: see `float8_flips`.
     """
 
     function: object
@@ -90,6 +92,7 @@ class Problem:
     scales: dict = field(default_factory=dict)
     plain: tuple[dict, dict] = None
     hidden_values: int = 2**31
+    without_flips: object = None
 
     def run(self, backend, *, gradient=True):
         """What a backend gives, on poisoned memory."""
@@ -115,6 +118,8 @@ class Problem:
             assert not got[zero].any(), f"{name}: rows or experts that nobody uses"
             if not want.any():
                 continue
+            if self.without_flips is not None:
+                got = self.without_flips(got)
             scale = self.scales.get(name) or np.linalg.norm(want)
             error, of_plain = (
                 np.linalg.norm(np.asarray(g, np.float64) - w) / scale
@@ -233,14 +238,23 @@ def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", **wi
         arrays["x"] = _requantized(arrays["x"])
     zeros = np.zeros((len(ids), arrays["w_out"].shape[2]))
     should, _ = exact_layer(arrays, ids, zeros, activation)
-    exact = should["out"]
+    exact, without = should["out"], None
     if rows == "float8":
-        exact = np.zeros_like(exact)
+        exact, rounded = np.zeros_like(exact), []
         for s in range(slots):
             at, js = np.nonzero(ids == s)
             h = np.einsum("td,dnh->tnh", arrays["x"][at], arrays["w_in"][s])
-            y = _requantized(activate(h, activation)[0]) @ arrays["w_out"][s]
-            np.add.at(exact, at, arrays["scores"][at, js][:, None] * y)
+            a, pull = activate(h, activation)
+            scores = arrays["scores"][at, js][:, None]
+            np.add.at(exact, at, scores * (_requantized(a) @ arrays["w_out"][s]))
+            if ON_GPU:
+                _, cut = cut_hidden(problem_arrays["x"][at], q_in, s)
+                error = np.sqrt(((pull(np.ones_like(a)) * cut) ** 2).sum(1))
+                rounded.append((at, np.full(len(at), s), scores * other_roundings(a, error)))
+        if ON_GPU:
+            flips = map(np.concatenate, zip(*rounded, strict=True))
+            without = partial(without_flips, exact=exact, w_out=arrays["w_out"])
+            without = partial(without, **dict(zip(("tokens", "slots", "changes"), flips)))
     maps, options = _maps(ids, slots), {"activation": activation}
     rounded = {name: np.asarray(a, BFLOAT16) for name, a in arrays.items()}
     rounded["scores"] = arrays["scores"]
@@ -254,4 +268,5 @@ def quantized_problem(rng, ids, dtype, rows, *, slots, activation="swiglu", **wi
         {"out": exact},
         plain=(plain, should),
         hidden_values=np.count_nonzero(ids < slots) * arrays["w_out"].shape[1],
+        without_flips=without,
     )
