@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from placement_support import assert_counts, brute_force
 from run_support import TINY, kept_programs, refused, rows, run, stop_at, write_text
 from train_support import BATCH, SEQ, batches, blueprint_of, host, initial, make_config
 
@@ -20,28 +21,6 @@ from moejax.training.step import BATCH_SPEC, make_gather, make_train_step
 
 EXPERTS, LAYERS = 10, 2  # of `make_config`, with 2 and with 3 experts of a token
 TOKENS = batches(np.random.default_rng(1), 3)  # fixed: no two router scores are almost equal
-
-
-def brute_force(experts_NLK, num_experts):
-    """Counts by loops: pairs [L, E, E], load [L, E], tokens [L]."""
-    layers = experts_NLK.shape[1]
-    pairs = np.zeros((layers, num_experts, num_experts))
-    load, tokens = np.zeros((layers, num_experts)), np.zeros(layers)
-    for token_LK in experts_NLK:
-        for layer, row in enumerate(token_LK):
-            chosen = [e for e in row if e >= 0]
-            tokens[layer] += bool(chosen)
-            for e in chosen:
-                load[layer, e] += 1
-                for f in chosen:
-                    pairs[layer, e, f] += e != f
-    return pairs, load, tokens
-
-
-def assert_counts(found, wanted):
-    for name, array in zip(("pairs_LEE", "load_LE", "tokens_L"), wanted):
-        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
-
 
 # ── a batch ──────────────────────────────────────────────────────────────────
 

@@ -9,19 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.errors import UserError
-from moejax.placement.__main__ import main
 from moejax.placement.evaluate import cut, devices_of, load_max_mean, mean_of, measure_trace
 from moejax.placement.generator import generate, make_traffic
-from moejax.placement.plan_file import read_slots
 from moejax.placement.planner import describe, plan
 from moejax.placement.problem import problem_of
-from moejax.placement.relabel import arrange, assign, relabel
+from moejax.placement.relabel import arrange
 from moejax.placement.search import Search
 from moejax.placement.seeds import grow, order_of, pack, shuffle
 from moejax.placement.solve import keep_load
 from moejax.placement.statistics import Statistics, statistics_of
 from moejax.placement.topology import Topology
-from moejax.placement.trace import write_trace
 
 
 def random_statistics(rng, layers: int, experts: int) -> Statistics:
@@ -345,120 +342,8 @@ def test_keep_load_leaves_what_can_be_kept(rng):
     assert (kept.capacity_BG >= problem.capacity_BG).all()
 
 
-# ---- labels -----------------------------------------------------------------------------------
-
-
-def test_assign_by_brute_force(rng):
-    for size in (1, 2, 3, 5, 6):
-        for value in (rng.normal(size=(size, size)), rng.integers(0, 4, (size, size)) * 1.0):
-            column = assign(value)
-            best = max(
-                sum(value[i, j] for i, j in enumerate(p))
-                for p in itertools.permutations(range(size))
-            )
-            assert sorted(column.tolist()) == list(range(size))
-            assert value[np.arange(size), column].sum() == pytest.approx(best)
-
-
-@pytest.mark.parametrize(
-    "topology",
-    [
-        Topology(4, 3),
-        Topology(4, 3, hosts=(0, 1, 1, 0)),
-        Topology(4, 3, hosts=(0, 0, 0, 1), speeds=(1, 1, 2, 1)),
-        Topology(4, 3, speeds=(1, 2, 1, 2), room=(3, 3, 3, 2)),
-    ],
-    ids=str,
-)
-def test_relabel_by_brute_force(rng, topology):
-    """The most experts stay, of all exchanges of alike devices, of hosts among themselves."""
-    placements = all_placements(8, topology)
-    plan_E, present_E = placements[rng.integers(len(placements), size=2)]
-    kind = list(zip(topology.speed_G, topology.room_G))
-    host = topology.host_G
-    best = 0
-    for p in itertools.permutations(range(4)):
-        alike = all(kind[g] == kind[p[g]] for g in range(4))
-        together = all(
-            (host[a] == host[b]) == (host[p[a]] == host[p[b]])
-            for a, b in itertools.combinations(range(4), 2)
-        )
-        if alike and together:
-            best = max(best, int((np.array(p)[plan_E] == present_E).sum()))
-    found = relabel(plan_E, present_E, topology)
-    assert (found == present_E).sum() == best
-    assert len(set(zip(plan_E.tolist(), found.tolist()))) == len(set(plan_E.tolist()))
-
-
-def test_arrange_keeps_slots(rng):
-    topology = Topology(3, 4)
-    present = rng.permutation(np.r_[np.arange(10), [-1, -1]]).astype(np.int32)
-    device = devices_of(present[None], topology, 10)[0]
-    assert np.array_equal(arrange(device, topology, present), present)
-    a, b = (int(np.flatnonzero(device == g)[0]) for g in (0, 2))
-    device[[a, b]] = device[[b, a]]
-    changed = arrange(device, topology, present)
-    # The two that moved are elsewhere, perhaps where nobody was; all others keep their slots.
-    stay = ~np.isin(present, [a, b, -1])
-    assert np.array_equal(changed[stay], present[stay])
-    assert np.array_equal(devices_of(changed[None], topology, 10)[0], device)
-
-
-def test_replanning_keeps_labels(rng):
-    """The plan of the same traffic moves nothing, however the devices are called."""
-    statistics = statistics_of(generate(make_traffic(16, 2, seed=int(rng.integers(99))), 3000))
-    topology = Topology.even(16, 4)
-    first = plan(statistics, topology, load_cap=1.5)
-    renamed = first.slots_LP.reshape(2, 4, 4)[:, rng.permutation(4)].reshape(2, 16)
-    again = plan(statistics, topology, load_cap=1.5, present_LP=renamed)
-    same = again.cut_L >= first.cut_L - 1e-6
-    assert (again.moved_L[same] == 0).all() and (again.cut_L <= first.cut_L + 1e-6).all()
-
-
 def test_order_of(rng):
     problem = problem_of(random_statistics(rng, 2, 7), Topology(3, 3), 1.1, 0.0)
     device = np.array([[0, 1, 2, 0, 1, 2, 0, -1, -1], [2, 2, 2, 0, 0, 1, 1, -1, -1]])
     order = order_of(device, problem)
     assert order.tolist() == [[0, 3, 6, 1, 4, 7, 2, 5, 8], [3, 4, 7, 5, 6, 8, 0, 1, 2]]
-
-
-# ---- the command ------------------------------------------------------------------------------
-
-
-def test_command(tmp_path, capsys, rng):
-    seed = int(rng.integers(1 << 30))
-    trace, out = str(tmp_path / "t.npz"), str(tmp_path / "plan.npz")
-    write_trace(trace, generate(make_traffic(16, 2, seed=seed), 2000, mean_length=50, seed=seed))
-    flags = ["--trace", trace, "--devices", "4", "--load-cap", "1.3", "--out", out]
-    assert main(["plan", *flags, "--held-out", "0.3", "--hosts", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "unseen documents" in told and "contiguous: fan-out" in told
-    slots_LP, devices = read_slots(out)
-    assert devices == 4 and slots_LP.shape == (2, 16)
-    assert main(["measure", "--trace", trace, "--plan", out, "--hosts", "2"]) == 0
-    assert capsys.readouterr().out.count("fan-out") == 3
-    present = ["--present", out, "--most-moved", "2", "--slots", "4"]
-    assert main(["plan", *flags[:-1], str(tmp_path / "next.npz"), *present]) == 0
-    assert "experts that move" in capsys.readouterr().out
-    assert (read_slots(tmp_path / "next.npz")[0] != slots_LP).sum() <= 2 * 2
-    with_replica = np.concatenate([slots_LP.reshape(2, 4, 4), np.full((2, 4, 1), -1)], axis=2)
-    with_replica[:, 1, 4] = with_replica[:, 0, 0]
-    np.savez(out, slots=with_replica.reshape(2, 20), devices=np.array(4))
-    assert main(["measure", "--trace", trace, "--plan", out]) == 0
-
-
-@pytest.mark.parametrize(
-    "argv,told",
-    [
-        ([], "no mode"),
-        (["draw"], "draw"),
-        (["plan"], "--trace"),
-        (["plan", "--trace", "nothing.npz"], "nothing.npz"),
-        (["plan", "--devices", "0"], "--devices 0"),
-        (["plan", "--held-out", "1"], "--held-out"),
-        (["measure", "--trace", "nothing.npz"], "nothing.npz"),
-    ],
-)
-def test_command_refuses(argv, told, capsys):
-    assert main(argv) == 2
-    assert told in capsys.readouterr().err
