@@ -100,7 +100,12 @@ CASES = {
         "topk_method": "group_limited_greedy",
         "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 0.7, "mscale_all_dim": 0.9},
     },
-    "deepseek_v3": {**LATENT, "q_lora_rank": 27, "n_shared_experts": 1},
+    "deepseek_v3": {
+        **LATENT,
+        "q_lora_rank": 27,
+        "n_shared_experts": 1,
+        "rope_parameters": {**YARN, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
     "gpt_oss": {
         "head_dim": 16,
         "intermediate_size": 32,

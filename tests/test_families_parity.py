@@ -205,9 +205,15 @@ def check_equal(full, few, dtype):
             np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_float8(tmp_path, rng):
-    block = (24, 40)
-    folder = save_hf(make_hf("deepseek_v3", rng), tmp_path / "plain")
+@pytest.mark.parametrize(
+    "block,sizes",
+    [
+        ((24, 40), {}),
+        ((128, 128), {"hidden_size": 160, "moe_intermediate_size": 144}),  # as published
+    ],
+)
+def test_float8(tmp_path, rng, block, sizes):
+    folder = save_hf(make_hf("deepseek_v3", rng, **sizes), tmp_path / "plain")
     full, few = dict(stored(folder)), dict(stored(folder))
     for name, array in stored(folder).items():
         if "_proj" not in name:
@@ -220,8 +226,9 @@ def test_float8(tmp_path, rng):
         full[name] = few[name].astype(np.float32) * spread
     assert len(full) + 50 < len(few)
     # Of modules for further tokens the model has no use.
-    few["model.layers.3.eh_proj.weight"] = np.zeros((64, 128), ml_dtypes.float8_e4m3fn)
-    few["model.layers.3.eh_proj.weight_scale_inv"] = np.zeros((3, 4), np.float32)
+    further = "model.layers.3.eh_proj.weight"
+    few[further] = np.zeros((64, 128), ml_dtypes.float8_e4m3fn)
+    few[further + "_scale_inv"] = np.zeros((-(-64 // block[0]), -(-128 // block[1])), np.float32)
     scheme = {"quant_method": "fp8", "weight_block_size": list(block), "fmt": "e4m3"}
     rewrite(folder, tmp_path / "full", full, None)
     rewrite(folder, tmp_path / "few", few, scheme)
