@@ -16,6 +16,7 @@ from typing import Literal
 
 from moejax.attention_config import AttentionConfig, LatentConfig, YarnConfig
 from moejax.errors import UserError
+from moejax.locality_config import LocalityConfig
 
 __all__ = [
     "AttentionConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertsConfig",
     "LatentConfig",
     "LayerConfig",
+    "LocalityConfig",
     "MoEConfig",
     "ModelConfig",
     "RouterConfig",
@@ -265,11 +267,20 @@ class MoEConfig:
         router: how tokens choose experts.
         experts: what an expert computes.
         exchange: how rows travel between devices.
+        locality: how routing prefers experts that are near; lossy, off by default.
     """
 
     router: RouterConfig = field(default_factory=RouterConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    locality: LocalityConfig = field(default_factory=LocalityConfig, metadata={"may_lack": True})
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.locality.active and self.router.forced_balance),
+            "forced_balance=True with locality: experts are dealt, so that neither scores nor "
+            "distances play a part; turn one of them off",
+        )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from moejax.model.mlp import DenseMLP
 from moejax.placement.arrays import Placement, home_slots
 from moejax.placement.choice import place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
+from moejax.routing.locality import Reach, reach_of
 from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
 from pallas_kernels.exchange import push
@@ -54,6 +55,8 @@ class MoEAux:
     moments: of the rows, where `MoELayer.measure_rows` asks for them.
     experts_TK: int32 [T', K'], the experts of some tokens in order, before any drop, −1 for none;
         where `MoELayer.report_experts` asks for them.
+    kept: float32 [], the share of its score mass that a token keeps under `MoEConfig.locality`,
+        summed over tokens; None where that is off. See `moejax.routing.near.mass_kept`.
     """
 
     losses: RouterLosses
@@ -63,6 +66,7 @@ class MoEAux:
     counters: ExchangeCounters
     moments: RowMoments | None = None
     experts_TK: Int32[Array, "T2 K2"] | None = None
+    kept: Float32[Array, ""] | None = None
 
     def over_devices(self) -> MoEAux:
         """The same of all devices together, inside the shard_map; no gradient.
@@ -194,7 +198,8 @@ class MoELayer(nnx.Module):
                 "MoELayer called outside of a shard_map over data, expert and tensor: use "
                 "moejax.standalone.ShardedMoELayer, which brings its own"
             )
-        routing = self.router(x_TD, token_mask_T=token_mask_T)
+        reach = self._reach(placement)
+        routing = self.router(x_TD, token_mask_T=token_mask_T, reach=reach)
         slots_TK, budget, dropped = self._place(routing, placement)
         x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)
         plans = exchange.make_plans(slots_TK, budget)
@@ -212,7 +217,21 @@ class MoELayer(nnx.Module):
             counters,
             moments,
             self._reported(routing.experts_TK),
+            self._kept(routing),
         )
+
+    def _reach(self, placement: Placement | None) -> Reach | None:
+        """Where experts are, if routing is to know; on one device all are near."""
+        locality, router, devices = self.config.locality, self.config.router, self.expert_devices
+        if not locality.active or devices == 1:
+            return None
+        hosts = hosts_along_experts(self.config, devices, self.hosts)
+        return reach_of(locality, router.top_k, placement, router.num_experts, devices, hosts)
+
+    def _kept(self, routing: Routing) -> jax.Array | None:
+        if self.config.locality.active and routing.kept is None:
+            return routing.num_tokens.astype(jnp.float32)  # all of it, on one device
+        return routing.kept
 
     def report_experts(self, columns: int, stride: int = 1) -> None:
         """From now on a call reports the experts of its tokens in `MoEAux.experts_TK`.
@@ -341,7 +360,8 @@ class MoELayer(nnx.Module):
             )
         if placement is not None:
             hosts = hosts_along_experts(self.config, self.expert_devices, self.hosts)
-            slots_TK = place(experts_TK, placement, budget.innermost.slots, hosts)
+            slots = budget.innermost.slots
+            slots_TK = place(experts_TK, placement, slots, hosts, routing.devices_TG)
             return slots_TK, budget, dropped
         home_E = home_slots(num_experts, self.expert_devices)
         if np.array_equal(home_E, np.arange(num_experts)):

@@ -101,9 +101,20 @@ class BookDevices:
     """
 
     def __init__(
-        self, blueprint, params, biases, *, num_ids, slots, pages, page_len, max_len, one_wave=False
+        self,
+        blueprint,
+        params,
+        biases,
+        *,
+        num_ids,
+        slots,
+        pages,
+        page_len,
+        max_len,
+        one_wave=False,
+        placing=None,
     ):
-        del one_wave  # there is no exchange
+        del one_wave, placing  # there are no experts
         self.num_ids, self.page_len = num_ids, page_len
         devices = blueprint.shape.data * blueprint.shape.expert
         self.pages = np.full((devices, pages, page_len), -1)

@@ -219,6 +219,6 @@ def check_report(
     return expected["waves"]
 
 
-def run_oracle(config: MoEConfig, weights, x, ct, mask=None, kept=None) -> Result:
+def run_oracle(config: MoEConfig, weights, x, ct, mask=None, kept=None, **routing) -> Result:
     """The oracle for a layer's configuration."""
-    return dense_moe(dense_spec(config), weights, x, ct, mask, kept)
+    return dense_moe(dense_spec(config), weights, x, ct, mask, kept, **routing)

@@ -118,6 +118,8 @@ def dense_moe(
     ct: np.ndarray,
     mask: np.ndarray | None = None,
     kept: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
 ) -> Result:
     """Runs the layer and its backward.
 
@@ -130,6 +132,8 @@ def dense_moe(
         ct: [T, D], the loss's derivative by y.
         mask: bool [T], False for tokens that are not routed and do not count.
         kept: bool [T, E], False for assignments that were dropped after scoring.
+        chosen: int [T, K], the experts of each token; None: those of the largest logits.
+        scale: [T, E], multiplies the probabilities that weights are made of.
     """
     x, ct = np.asarray(x, np.float64), np.asarray(ct, np.float64)
     w = {k: np.asarray(v, np.float64) for k, v in weights.items()}
@@ -140,16 +144,17 @@ def dense_moe(
     grads["x"] = np.zeros_like(x)
 
     logits = x @ w["router"] + w.get("router_b", 0.0)
-    chosen = choose(logits, spec.top_k)
+    chosen = choose(logits, spec.top_k) if chosen is None else chosen
+    scale = np.ones_like(logits) if scale is None else scale
     is_chosen = np.zeros((tokens, num_experts), bool)
     np.put_along_axis(is_chosen, chosen, True, axis=1)
     is_chosen &= mask[:, None]
     probs = _softmax(logits)
     if spec.renormalize:
-        score = np.where(is_chosen, np.exp(logits - logits.max(1, keepdims=True)), 0)
+        score = np.where(is_chosen, np.exp(logits - logits.max(1, keepdims=True)) * scale, 0)
         score /= np.maximum(score.sum(1, keepdims=True), 1e-300)
     else:
-        score = np.where(is_chosen, probs, 0)
+        score = np.where(is_chosen, probs * scale, 0)
 
     y, score_ct = np.zeros_like(x), np.zeros_like(score)
     for e in range(num_experts):
@@ -168,7 +173,7 @@ def dense_moe(
     if spec.renormalize:
         logits_ct, size = _softmax_ct(score, score_ct)
     else:
-        logits_ct, size = _softmax_ct(probs, np.where(is_chosen, score_ct, 0))
+        logits_ct, size = _softmax_ct(probs, np.where(is_chosen, score_ct * scale, 0))
     counts = is_chosen.sum(0)
     loss, loss_size = (y * ct).sum(), np.abs(y * ct).sum()
     if mask.any():

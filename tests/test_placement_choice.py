@@ -88,6 +88,38 @@ def test_equal_to_the_twin(rng, hosts):
     assert jitted._cache_size() == 1, "another placement must not recompile"
 
 
+def test_limited_devices_equal_to_the_twin(rng):
+    """Tokens that may use some devices only: none leaves these; loads even out as they allow."""
+
+    def run(experts_GTK, placement, devices_GTG):
+        def one(experts_TK, devices_TG):
+            return place(experts_TK, placement, S, HOSTS, devices_TG)
+
+        return jax.vmap(one, axis_name=EXPERT)(experts_GTK, devices_GTG)
+
+    jitted, helped = jax.jit(run), 0
+    for share in (0.0, 0.3, 0.8):
+        slots = random_slots(rng)
+        experts = random_experts(rng, 96, 3.0)
+        open_GTG = np.zeros((G, 96, G), bool)
+        for where in np.ndindex(G, 96):  # a copy of each expert, and some more devices
+            for e in experts[where]:
+                open_GTG[where][rng.choice(np.flatnonzero(slots == e)) // S if e >= 0 else 0] = True
+            open_GTG[where] |= rng.random(G) < share
+        got = np.asarray(jitted(experts, from_slots(slots, E, max_replicas=R), open_GTG))
+        rows = open_GTG.reshape(-1, G)
+        assert np.array_equal(got, twin(experts, slots, HOSTS, devices_NG=rows))
+        assert np.array_equal(slots[got[got >= 0]], experts[experts >= 0])
+        used = np.take_along_axis(open_GTG, np.maximum(got, 0) // S, axis=-1)
+        assert used[got >= 0].all() and (got[experts < 0] == -1).all()
+        before = twin(experts, slots, HOSTS, correct=False, devices_NG=rows)
+        assert loads(got).max() <= loads(before).max()
+        helped += loads(got).max() < loads(before).max()
+        everywhere = jitted(experts, from_slots(slots, E, max_replicas=R), open_GTG | True)
+        assert np.array_equal(everywhere, twin(experts, slots, HOSTS))
+    assert helped, "no case had anything to correct"
+
+
 def test_loads_are_evened_out_where_they_can_be(rng):
     jitted = program()
     helped = 0

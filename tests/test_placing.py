@@ -11,8 +11,9 @@ from run_support import TINY, kept_programs, refused, rows, run, stop_at, write_
 
 from moejax.placement import controller
 from moejax.placement.counting import Counts
+from moejax.placement.history import links as links_of
 from moejax.placement.plan_file import read_slots
-from moejax.training import placing, session
+from moejax.training import session
 
 AUTO = ("--placement", "auto", "--replicas", 1, "--rebalance-every", 2)
 
@@ -92,7 +93,7 @@ def test_links_carry_as_many_assignments_as_tokens_have(rng):
     load = rng.integers(1, 50, (8, 2, 8)).astype(np.float32)
     counts = Counts(pairs_LEE=None, load_LE=load, tokens_L=load.sum(2) / 3)
     slots_LP = np.tile(np.arange(8), (2, 1))
-    links = placing._links(counts, slots_LP, 4)
+    links = links_of(counts, slots_LP, 4)
     np.testing.assert_allclose(links.sum(1), np.full(4, 3.0), rtol=1e-6)
     source = load.reshape(2, 4, 2, 8).sum(0)[1]  # device 1 of both groups
     want = 3 * source.reshape(2, 4, 2).sum((0, 2)) / source.sum()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rundir_support import Sgd, Train, one_line
 
-from moejax.config import ExchangeConfig, ModelConfig, MoEConfig, RouterConfig
+from moejax.config import ExchangeConfig, LocalityConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
 from moejax.training.config_json import config_differences, config_from_json, config_to_json
 from moejax.training.rundir import RunDir
@@ -83,6 +83,25 @@ def test_config_names_wrong_values(name, value):
     with pytest.raises(UserError) as error:
         config_from_json(Train, config_to_json(Train()) | {name: value})
     assert name in one_line(error) and ("must" in one_line(error) or "no" in one_line(error))
+
+
+def test_config_of_before_a_field_was_added(tmp_path):
+    """It reads as the field's default, and a run that has it so is continued."""
+    data = config_to_json(Train())
+    del data["model"]["moe"]["locality"]
+    assert config_from_json(Train, data) == Train()
+    with RunDir.create_or_open(tmp_path / "run") as run:
+        run.bind_config(Train())
+        run.config_path.write_text(json.dumps(data))
+        assert run.check_config(Train()) is True
+        moe = MoEConfig(locality=LocalityConfig(0.5))
+        with pytest.raises(UserError) as error:
+            run.check_config(Train(model=ModelConfig(moe=moe)))
+        assert "model.moe.locality.device_penalty is 0.0 there and 0.5 here" in one_line(error)
+    assert "missing key" not in one_line(error)
+    del data["model"]["moe"]["router"]
+    with pytest.raises(UserError, match=r"missing key model\.moe\.router"):
+        config_from_json(Train, data)
 
 
 def test_config_refused_by_the_class_itself():

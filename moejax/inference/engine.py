@@ -19,6 +19,7 @@ from moejax.inference.drawing import Drawn, Level
 from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
 from moejax.inference.memory import default_pages
 from moejax.inference.params import SamplingParams
+from moejax.inference.placing import ServingPlacement
 from moejax.inference.programs import Programs
 from moejax.inference.request import (
     EngineSettings,
@@ -51,6 +52,7 @@ class Engine:
         num_ids: ids from here on are never chosen; None: the model's vocabulary.
         end_ids: ids that end a text, unless `ignore_eos` is set.
         settings: see `EngineSettings`.
+        placing: keeps the experts' weights in slots; `blueprint` and `params` are its own then.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -65,6 +67,7 @@ class Engine:
         num_ids: int | None = None,
         end_ids: Sequence[int] = (),
         settings: EngineSettings | None = None,
+        placing: ServingPlacement | None = None,
     ):
         settings = settings or EngineSettings()
         config = blueprint.config
@@ -95,7 +98,9 @@ class Engine:
             page_len=settings.page_len,
             max_len=self.max_len,
             one_wave=settings.deterministic and blueprint.shape.expert > 1,
+            placing=placing,
         )
+        self._placing = placing
         # Of other threads: `_lock` guards these four.
         self._lock = threading.Lock()
         self._added: list[list[Text]] = []
@@ -175,6 +180,8 @@ class Engine:
             What is new, the texts of the decoding step first; may be empty while work goes on.
         """
         events: list[Event] = []
+        if self._placing is not None:
+            self._placing.between_steps()
         self._take_notes(events)
         if self._scheduler.lacks_pages():
             # Texts that end give pages back, and only what is known can be run again.
@@ -236,6 +243,7 @@ class Engine:
             decode_steps=self._decodes,
             prefill_steps=self._prefills,
             programs=self._programs.compiled(),
+            placement=None if self._placing is None else self._placing.stats(),
         )
 
     def expect(self, texts: int, tokens: int) -> None:
@@ -254,6 +262,11 @@ class Engine:
         self._requests, self._under_way = {}, []
         self._programs.reset()
         self._scheduler = self._make_scheduler(len(pools), pools[0].size)
+
+    def close(self) -> None:
+        """Ends what goes on beside the steps; when no step comes any more."""
+        if self._placing is not None:
+            self._placing.close()
 
     def _make_scheduler(self, devices: int, pages: int) -> Scheduler:
         settings = self.settings

@@ -31,6 +31,7 @@ from moejax import exchange
 from moejax.config import ExchangeConfig, MoEConfig
 from moejax.errors import UserError
 from moejax.layer import MoELayer
+from moejax.placement.arrays import Placement
 from moejax.quantized_bank import QuantizedWeight
 from moejax.routing.bias import RouterBias
 from moejax.training.state import Blueprint
@@ -147,6 +148,7 @@ def pick(
     *,
     timer: Timer = median_seconds,
     seconds: float = 10.0,
+    placement: Placement | None = None,
 ) -> Picked | None:
     """Chooses the exchange of decoding steps.
 
@@ -160,6 +162,7 @@ def pick(
         how: `auto` measures; anything else is taken as it is.
         timer: measures a candidate; tests bring their own.
         seconds: after these only what has to be is measured.
+        placement: of experts in slots, [L, …] on the mesh's devices; None: they are at home.
 
     Returns:
         None where there is nothing to choose: no experts, or one device along `expert`.
@@ -168,24 +171,42 @@ def pick(
         UserError: what is asked for cannot run here; `auto` with several processes.
     """
     counts = sorted(set(rows))
-    devices = blueprint.shape.expert
+    devices, slots = blueprint.shape.expert, _slots(blueprint, placement)
     if devices == 1 or all(group.layer.moe is None for group in blueprint.groups):
         return None
     if how != "auto":
         for count in counts:
-            exchange.choose_for(_one_wave(blueprint.config.moe, how), tokens=count, devices=devices)
+            config = _one_wave(blueprint.config.moe, how)
+            exchange.choose_for(config, tokens=count, devices=devices, slots=slots)
         return Picked(dict.fromkeys(counts, how), {}, {})
     if jax.process_count() > 1:
         raise UserError(
             f"--decode-exchange auto with {jax.process_count()} processes: each would choose for "
             f"itself; name one, such as {UNMEASURED}"
         )
-    return _Measurement(blueprint, weights, timer).pick(counts, time.monotonic() + seconds)
+    measurement = _Measurement(blueprint, weights, timer, placement)
+    return measurement.pick(counts, time.monotonic() + seconds)
+
+
+def _slots(blueprint: Blueprint, placement: Placement | None) -> int | None:
+    """Of a device; None: as many as are needed at home."""
+    if placement is None:
+        return None
+    return placement.slot_expert_P.shape[-1] // blueprint.shape.expert
 
 
 class _Measurement:
-    def __init__(self, blueprint: Blueprint, weights: tuple[Any, Any], timer: Timer):
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        weights: tuple[Any, Any],
+        timer: Timer,
+        placement: Placement | None,
+    ):
         self._blueprint, self._timer = blueprint, timer
+        self._slots = _slots(blueprint, placement)
+        first = jax.tree.map(lambda a: np.asarray(a)[0], placement)  # the group's, too
+        self._placement = jax.device_put(first, NamedSharding(blueprint.mesh, P()))
         group = next(group for group in blueprint.groups if group.layer.moe is not None)
         self._group, self._scanned = group, group.scanned
         self._states = tuple(_of_layer(state, group.name) for state in weights)
@@ -252,7 +273,7 @@ class _Measurement:
         x_TD = self._tokens(rows)
 
         def call() -> None:
-            jax.block_until_ready(program(self._states, x_TD))
+            jax.block_until_ready(program(self._states, x_TD, self._placement))
 
         seconds, found = self._timer(name, rows, call) / _LAYERS, self._seconds[rows]
         found[name] = min(seconds, found.get(name, math.inf))
@@ -266,7 +287,9 @@ class _Measurement:
             budget: Any = name
             config, devices = self._blueprint.config.moe, self._blueprint.shape.expert
             try:
-                budget = exchange.choose_for(_one_wave(config, name), tokens=rows, devices=devices)
+                budget = exchange.choose_for(
+                    _one_wave(config, name), tokens=rows, devices=devices, slots=self._slots
+                )
                 budget = replace(budget, reason="")
             except UserError as why:
                 self._left_out[name] = str(why)
@@ -285,21 +308,22 @@ class _Measurement:
         model: Any = variant.merge(variant.params, variant.biases)
         graph, *_ = nnx.split(model.layers[self._group.name].moe, *_KINDS)
 
-        def run(states: tuple[Any, Any], x_TD: jax.Array) -> jax.Array:
+        def run(states: tuple[Any, Any], x_TD: jax.Array, placement: Any) -> jax.Array:
             if self._scanned:
                 states = jax.tree.map(lambda stacked: stacked[0], states)
 
             def layer(_: Any, x_TD: jax.Array) -> jax.Array:
-                y_TD, _ = nnx.merge(graph, *states)(x_TD)
+                y_TD, _ = nnx.merge(graph, *states)(x_TD, placement)
                 y_TD = x_TD.astype(jnp.float32) + y_TD.astype(jnp.float32)
                 size_T1 = lax.rsqrt(jnp.mean(y_TD**2, axis=1, keepdims=True) + 1e-6)
                 return (y_TD * size_T1).astype(x_TD.dtype)
 
             return lax.fori_loop(0, _LAYERS, layer, x_TD)
 
-        specs: Any = {"in_specs": (self._specs, self._rows.spec), "out_specs": self._rows.spec}
+        rows_spec = self._rows.spec
+        specs: Any = {"in_specs": (self._specs, rows_spec, P()), "out_specs": rows_spec}
         mapped = jax.shard_map(run, mesh=self._blueprint.mesh, check_vma=False, **specs)
-        return jax.jit(mapped).lower(self._states, self._tokens(rows))
+        return jax.jit(mapped).lower(self._states, self._tokens(rows), self._placement)
 
 
 def _of_layer(state: nnx.State, group: str) -> nnx.State:

@@ -29,11 +29,13 @@ from moejax.inference import exchange_choice
 from moejax.inference.drawing import Drawn, Level, choose
 from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
 from moejax.inference.params import MAX_LOGPROBS
+from moejax.inference.placing import ServingPlacement
 from moejax.inference.row_choice import EMPTY_CHOICE, RowChoice, pack, unpack
 from moejax.inference.scheduler import Plan
 from moejax.inference.shapes import Shape
 from moejax.inference.texts import Text
 from moejax.model.cache import KVCache, LayerCache, init_pages, page_specs
+from moejax.placement import counting
 from moejax.training.state import Blueprint
 from sharding.collectives import all_gather
 from sharding.mesh import TENSOR, TOKEN_AXES
@@ -80,6 +82,7 @@ class Programs:
         max_len: most tokens of a text.
         one_wave: no exchange may need a further wave: a row's sums would have another order then,
             and its bits depend on the other rows.
+        placing: holds the weights, if experts lie in slots; `params` is not looked at then.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Programs:
         page_len: int,
         max_len: int,
         one_wave: bool = False,
+        placing: ServingPlacement | None = None,
     ):
         config, mesh = blueprint.config, blueprint.mesh
         self._blueprint = blueprint
@@ -101,7 +105,8 @@ class Programs:
         names: dict[str, None] = dict.fromkeys(["config", self._prompts])
         self._variants = {n: exchange_choice.with_exchange(blueprint, n) for n in names}
         self._exchanges: Mapping[int, str] = {}
-        self._weights = (params, biases)
+        self._params = params if placing is None else None
+        self._biases, self._placing = biases, placing
         self._num_ids = num_ids
         self._slots = slots
         self._devices = blueprint.shape.data * blueprint.shape.expert
@@ -132,18 +137,26 @@ class Programs:
             return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
 
         def step(
-            weights: Any, layers: Any, history: Any, rows: Any, where: Any, key: _Forward
+            weights: Any,
+            layers: Any,
+            history: Any,
+            rows: Any,
+            where: Any,
+            placement: Any,
+            counters: Any,
+            key: _Forward,
         ) -> Any:
-            arrays = (weight_specs, layer_specs, by_row, by_row, by_row)
-            run = mapped(partial(self._step, key), arrays, (layer_specs, by_row))
-            return run(weights, layers, history, rows, where)
+            counted = counting.COUNTERS_SPEC
+            arrays = (weight_specs, layer_specs, by_row, by_row, by_row, P(), counted)
+            run = mapped(partial(self._step, key), arrays, (layer_specs, by_row, counted))
+            return run(weights, layers, history, rows, where, placement, counters)
 
         def draw(logits: Any, history: Any, rows: Any, level: Level) -> Any:
             run = mapped(partial(self._draw, level), (by_row,) * 3, (by_row, P()))
             return run(logits, history, rows)
 
         # Compiled by hand, so that a shape is known to be compiled once and for all.
-        self._jitted_step = jax.jit(step, donate_argnums=1, static_argnames="key")
+        self._jitted_step = jax.jit(step, donate_argnums=(1, 6), static_argnames="key")
         self._jitted_draw = jax.jit(draw, donate_argnums=1, static_argnames="level")
         self._compiled: dict[_Forward | _Drawing, jax.stages.Compiled] = {}
 
@@ -155,7 +168,9 @@ class Programs:
         self._remember = jitted.lower(self._history_RM, *self._history({})).compile()
 
     def reset(self) -> None:
-        """Empties the pages; programs stay."""
+        """Empties the pages; programs stay, and experts where they are."""
+        if self._placing is not None:
+            self._placing.reset()
         del self._layers, self._history_RM  # room for the new ones
         self._layers, self._history_RM = self._fresh()
 
@@ -164,11 +179,24 @@ class Programs:
     ) -> Picked | None:
         """Chooses how decoding steps of so many rows exchange them; see `exchange_choice.pick`."""
         timer = timer or exchange_choice.median_seconds
-        picked = exchange_choice.pick(self._blueprint, self._weights, rows, how, timer=timer)
+        placement, _ = self._placed
+        picked = exchange_choice.pick(
+            self._blueprint, self._weights, rows, how, timer=timer, placement=placement
+        )
         self._exchanges = {} if picked is None else picked.exchanges
         for name in {*self._exchanges.values()} - self._variants.keys():
             self._variants[name] = exchange_choice.with_exchange(self._blueprint, name)
         return picked
+
+    @property
+    def _weights(self) -> tuple[Any, Any]:
+        return self._params if self._placing is None else self._placing.params, self._biases
+
+    @property
+    def _placed(self) -> tuple[Any, Any]:
+        """Where experts are, and how often they were chosen; None for what nobody asks for."""
+        placing = self._placing
+        return (None, None) if placing is None else (placing.arrays, placing.counters)
 
     def compiled(self) -> int:
         """How many programs have been compiled."""
@@ -244,7 +272,7 @@ class Programs:
             return self._jitted_draw.lower(logits, self._history_RM, rows, level=key.level)
         state = self._weights, self._layers, self._history_RM
         where = of(key.shape.pages + key.shape.tokens, jnp.int32)
-        return self._jitted_step.lower(*state, rows, where, key=key)
+        return self._jitted_step.lower(*state, rows, where, *self._placed, key=key)
 
     def _program(self, key: _Forward | _Drawing) -> jax.stages.Compiled:
         if key not in self._compiled:
@@ -257,7 +285,10 @@ class Programs:
         step = self._program(self._forward(shape))
         draw = self._program(_Drawing(shape.rows, level))
         rows, where = jax.device_put((rows_BF, where_BW), self._rows)
-        self._layers, logits = step(self._weights, self._layers, self._history_RM, rows, where)
+        state = self._weights, self._layers, self._history_RM
+        self._layers, logits, counters = step(*state, rows, where, *self._placed)
+        if self._placing is not None:
+            self._placing.counted(counters)
         if self._one_at_a_time:
             jax.block_until_ready(logits)
         self._history_RM, drawn = draw(logits, self._history_RM, rows)
@@ -291,8 +322,10 @@ class Programs:
         history_RM: jax.Array,
         rows_BF: jax.Array,
         where_BW: jax.Array,
-    ) -> tuple[dict[str, LayerCache], jax.Array]:
-        """Appends tokens to each row; inside the shard_map. The pages, and logits [B, V]."""
+        placement: Any = None,
+        counters: counting.Counts | None = None,
+    ) -> tuple[dict[str, LayerCache], jax.Array, counting.Counts | None]:
+        """Appends tokens to each row; inside the shard_map. The pages, logits [B, V], counters."""
         count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
         pages = key.shape.pages
         table_BN = where_BW[:, :pages]
@@ -304,16 +337,24 @@ class Programs:
             tokens_BS = at.get(mode="fill", fill_value=0)[:, None]
         mask_BS = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32) < count_B[:, None]
         model = self._variants[key.exchange].merge(*weights)
+        if counters is not None:
+            model.report_experts(counting.sample_stride(tokens_BS.size, counting.STEP_TOKENS))
         out = model(
             tokens_BS,
+            placement=placement,
             token_mask_BS=mask_BS,
             cache=KVCache(layers, None if key.shape.begins else length_B, table_BN),
             inference=True,
         )
         assert out.cache is not None
+        if counters is not None:
+            assert out.aux is not None and out.aux.experts_TK is not None
+            experts = self._blueprint.config.moe.router.num_experts
+            new = counting.count(out.aux.experts_TK, experts)
+            counters = counting.add_step(counters, new, 1.0)
         last_B = jnp.maximum(count_B - 1, 0)
         hidden_BD = jnp.take_along_axis(out.hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
-        return out.cache.layers, all_gather(model.logits(hidden_BD), TENSOR, 1)
+        return out.cache.layers, all_gather(model.logits(hidden_BD), TENSOR, 1), counters
 
     def _draw(
         self, level: Level, logits_BV: jax.Array, history_RM: jax.Array, rows_BF: jax.Array

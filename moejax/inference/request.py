@@ -7,7 +7,15 @@ from typing import Literal
 
 from moejax.errors import UserError
 
-__all__ = ["EngineSettings", "EngineStats", "Event", "Finish", "QueueFull", "TokenLogprobs"]
+__all__ = [
+    "EngineSettings",
+    "EngineStats",
+    "Event",
+    "Finish",
+    "PlacementStats",
+    "QueueFull",
+    "TokenLogprobs",
+]
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -53,6 +61,26 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class PlacementStats:
+    """What was done about where experts live.
+
+    following: whether the traffic is followed; a planner that failed has stopped.
+    looks: at the traffic, so far.
+    experts_moved: to a device that had them not, of all layers, copies included; so far.
+    copies: slots that hold an expert once more, of all layers; now.
+    layers_waiting: whose experts have yet to be carried where they are planned.
+    planner_seconds: that plans took, in a thread of their own; so far.
+    """
+
+    following: bool
+    looks: int
+    experts_moved: int
+    copies: int
+    layers_waiting: int
+    planner_seconds: float
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counts of an engine; pages and rows are of all devices together.
 
@@ -65,6 +93,7 @@ class EngineStats:
     preemptions: times a text had to give back its pages.
     decode_steps, prefill_steps: that were started.
     programs: that have been compiled.
+    placement: of the experts; None where all are at home.
     """
 
     running: int
@@ -80,6 +109,7 @@ class EngineStats:
     decode_steps: int
     prefill_steps: int
     programs: int
+    placement: PlacementStats | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ __all__ = [
     "from_slots",
     "gather_bank",
     "home_slots",
+    "host_arrays",
     "num_slots",
     "slots_at_home",
 ]
@@ -79,6 +80,20 @@ def from_slots(
     """A placement from the content of each slot.
 
     Args:
+        slot_expert, num_experts, max_replicas: see `host_arrays`.
+
+    Raises:
+        UserError: see there.
+    """
+    return Placement(*map(jnp.asarray, host_arrays(slot_expert, num_experts, max_replicas)))
+
+
+def host_arrays(
+    slot_expert: np.ndarray, num_experts: int, max_replicas: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of a `Placement` in host memory, in the order of its fields.
+
+    Args:
         slot_expert: int [G·S], logical expert or −1.
         num_experts: E.
         max_replicas: R; None takes the largest number of replicas present.
@@ -107,9 +122,7 @@ def from_slots(
             f"the {width} fixed at start; raise max_replicas"
         )
     table = np.stack([np.concatenate([h, np.full(width - len(h), h[0])]) for h in holders])
-    return Placement(
-        jnp.asarray(slot_expert), jnp.asarray(table.astype(np.int32)), jnp.asarray(counts)
-    )
+    return slot_expert, table.astype(np.int32), counts
 
 
 def contiguous(num_experts: int, devices: int) -> Placement:

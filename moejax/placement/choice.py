@@ -10,12 +10,12 @@ devices along `expert`, S slots of a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from moejax.placement.arrays import Placement
 from sharding import collectives
@@ -33,8 +33,11 @@ class _Options:
 
     expert_TK: int32, 0 for none.
     valid_TK: bool, whether there is an assignment.
-    device_TKR: int32, the devices with a replica, −1 past their number.
-    count_TK: int32, replicas.
+    device_TKR: int32, the devices with a replica, −1 past their number and for those that the
+        token may not use.
+    count_TK: int32, replicas that it may use.
+    movable_TK: bool, whether the load's correction may choose; with `devices_TG` not where there
+        is one replica to use.
     host_G: int32, the host of each device, or None: all on one.
     me: int32 [], this device.
     """
@@ -43,6 +46,7 @@ class _Options:
     valid_TK: jax.Array
     device_TKR: jax.Array
     count_TK: jax.Array
+    movable_TK: jax.Array
     host_G: jax.Array | None
     me: jax.Array
 
@@ -52,6 +56,7 @@ def place(
     placement: Placement,
     slots_per_device: int,
     hosts: Sequence[int] | None = None,
+    devices_TG: Bool[Array, "T G"] | None = None,
 ) -> Int32[Array, "T K"]:
     """Chooses a physical slot for every assignment.
 
@@ -67,6 +72,8 @@ def place(
         placement: one layer's placement.
         slots_per_device: S.
         hosts: the host of each device; None: all on one.
+        devices_TG: bool, the devices that a token may use, with a replica of each of its experts;
+            None: all. Loads are corrected as far as these allow.
 
     Returns:
         int32 [T, K] physical slots, −1 for none.
@@ -79,15 +86,30 @@ def place(
         return jnp.where(valid_TK, slot_TKR[..., 0], -1)
     count_TK = placement.replica_count_E[expert_TK]
     real_TKR = jnp.arange(replicas, dtype=jnp.int32) < count_TK[..., None]
+    device_TKR = jnp.where(real_TKR & valid_TK[..., None], slot_TKR // slots_per_device, -1)
+    movable_TK = valid_TK
+    if devices_TG is not None:
+        rows = jnp.arange(experts_TK.shape[0], dtype=jnp.int32)[:, None, None]
+        usable_TKR = (device_TKR >= 0) & devices_TG[rows, jnp.maximum(device_TKR, 0)]
+        device_TKR = jnp.where(usable_TKR, device_TKR, -1)
+        count_TK = jnp.sum(usable_TKR, axis=-1, dtype=jnp.int32)
+        movable_TK = valid_TK & (count_TK > 1)
     options = _Options(
         expert_TK,
         valid_TK,
-        jnp.where(real_TKR & valid_TK[..., None], slot_TKR // slots_per_device, -1),
+        device_TKR,
         count_TK,
+        movable_TK,
         None if hosts is None else jnp.asarray(list(hosts), jnp.int32),
         collectives.axis_index(EXPERT),
     )
-    pick_TK = _corrected(_nearest(options), options, placement, slots_per_device)
+    if devices_TG is None:
+        near_TK = _nearest(options)
+    else:  # those to use come first for it, as it counts turns among them
+        order_TKR = jnp.argsort(device_TKR < 0, axis=-1, stable=True).astype(jnp.int32)
+        first_TKR = jnp.take_along_axis(device_TKR, order_TKR, axis=-1)
+        near_TK = _at(order_TKR, _nearest(replace(options, device_TKR=first_TKR)))
+    pick_TK = _corrected(near_TK, options, placement, slots_per_device)
     slots_TK = jnp.take_along_axis(slot_TKR, pick_TK[..., None], axis=-1)[..., 0]
     return jnp.where(valid_TK, slots_TK, -1)
 
@@ -140,10 +162,17 @@ def _corrected(
     devices = placement.slot_expert_P.shape[0] // slots_per_device
     expert_TK, me = options.expert_TK, options.me
     count_ER = jnp.zeros((num_experts, replicas), jnp.int32)
-    count_ER = count_ER.at[expert_TK, pick_TK].add(options.valid_TK.astype(jnp.int32))
+    count_ER = count_ER.at[expert_TK, pick_TK].add(options.movable_TK.astype(jnp.int32))
     total_ER = collectives.psum_statistics(count_ER, EXPERT)
     real_ER = jnp.arange(replicas, dtype=jnp.int32) < placement.replica_count_E[:, None]
-    target_ER = _settle(total_ER, slots_ER // slots_per_device, real_ER, devices)
+    fixed_G = None
+    limited = options.movable_TK is not options.valid_TK
+    if limited:
+        stays_TK = options.valid_TK & ~options.movable_TK
+        at_TK = jnp.where(stays_TK, _at(options.device_TKR, pick_TK), devices)
+        fixed_G = jnp.zeros(devices, jnp.int32).at[at_TK].add(1, mode="drop")
+        fixed_G = collectives.psum_statistics(fixed_G, EXPERT)
+    target_ER = _settle(total_ER, slots_ER // slots_per_device, real_ER, devices, fixed_G)
 
     # This device's part of what each replica gives away, and of what each one is given. Shares are
     # rounded up on some devices and down on others, so that the parts sum to about the whole.
@@ -167,7 +196,15 @@ def _corrected(
     edge_AR = edge_ER[group_A // replicas]
     to_A = jnp.sum(place_A[:, None] >= edge_AR, axis=-1, dtype=jnp.int32)
     moves_A = rank_A < quota_ER.reshape(-1)[group_A]
+    if limited:  # a replica that wants more may be one that this token may not use
+        usable_AR = (options.device_TKR >= 0).reshape(-1, replicas)[order_A]
+        target_A = jnp.minimum(to_A, replicas - 1)
+        moves_A = moves_A & jnp.take_along_axis(usable_AR, target_A[:, None], axis=1)[:, 0]
     pick_A = jnp.where(moves_A, to_A, group_A % replicas)
+    if limited:  # those that stay are in no order of replicas
+        pick_A = jnp.where(
+            options.movable_TK.reshape(-1)[order_A], pick_A, pick_TK.reshape(-1)[order_A]
+        )
     flat = pick_TK.reshape(-1).at[order_A].set(pick_A, unique_indices=True)
     return jnp.where(options.valid_TK, flat.reshape(pick_TK.shape), 0)
 
@@ -190,26 +227,38 @@ def _cheapest_first(
     alone_TKR = ~((shared & other_KK).any(-1) | (device_TKR == options.me))
     now_TK = _at(alone_TKR, pick_TK).astype(jnp.int32)
     wanted_TKR = takes_ER[options.expert_TK] > 0
+    if options.movable_TK is not options.valid_TK:
+        wanted_TKR = wanted_TKR & (device_TKR >= 0)
     then_TK = jnp.min(jnp.where(wanted_TKR, alone_TKR.astype(jnp.int32), 2), axis=-1)
     group_TK = options.expert_TK * replicas + pick_TK
     key_TK = group_TK * 4 + then_TK - now_TK + 1
+    if options.movable_TK is not options.valid_TK:  # those that no replica can take come last
+        key_TK = jnp.where(wanted_TKR.any(-1), key_TK, group_TK * 4 + 3)
     most = jnp.iinfo(jnp.int32).max
-    key_A = jnp.where(options.valid_TK, key_TK, most).reshape(-1)
+    key_A = jnp.where(options.movable_TK, key_TK, most).reshape(-1)
     order_A = jnp.argsort(key_A, stable=True).astype(jnp.int32)
     last = takes_ER.size - 1
     return order_A, jnp.minimum(key_A[order_A] // 4, last)
 
 
 def _settle(
-    count_ER: jax.Array, device_ER: jax.Array, real_ER: jax.Array, devices: int
+    count_ER: jax.Array,
+    device_ER: jax.Array,
+    real_ER: jax.Array,
+    devices: int,
+    fixed_G: jax.Array | None = None,
 ) -> jax.Array:
     """How many assignments each replica shall have; int32 [E, R], each expert's sum unchanged.
+
+    Devices have `fixed_G` others, too, that stay where they are.
 
     In every round a device above the limit pushes its excess to the least loaded replicas of its
     experts: those below the limit if they suffice, or else further ones with less load, by half of
     the difference, which push on in the next round.
     """
     total = jnp.sum(count_ER, dtype=jnp.int32)
+    if fixed_G is not None:
+        total = total + jnp.sum(fixed_G, dtype=jnp.int32)
     mean = (total + devices - 1) // devices
     limit = mean + mean * (LOAD_PERCENT - 100) // 100
     is_on_ERG = device_ER[..., None] == jnp.arange(devices, dtype=jnp.int32)
@@ -219,6 +268,8 @@ def _settle(
 
     def one_round(_, count_ER: jax.Array) -> jax.Array:
         load_G = on_devices(count_ER)
+        if fixed_G is not None:
+            load_G = load_G + fixed_G
         over_G = jnp.maximum(load_G - limit, 0)
         load_ER = load_G[device_ER]
         open_ER = jnp.where(real_ER, load_ER, jnp.iinfo(jnp.int32).max)

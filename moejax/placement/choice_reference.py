@@ -21,6 +21,7 @@ def reference(
     topology: Topology,
     source_N: np.ndarray | None = None,
     correct: bool = True,
+    devices_NG: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `choice.place` chooses on each device for its tokens, taken in order, in one batch.
 
@@ -30,6 +31,7 @@ def reference(
         topology: the devices; speeds play no part.
         source_N: the device of each token; None: dealt in turn.
         correct: whether overloaded devices hand assignments on.
+        devices_NG: bool [N, G], the devices that a token may use; None: all.
 
     Returns:
         int64 [N, K] physical slots, −1 for none.
@@ -42,16 +44,31 @@ def reference(
     real_ER = np.arange(slots_ER.shape[1]) < count_E[:, None]
     device_NKR = np.where(real_ER, device_ER, -1)[expert_NK]
     device_NKR[~valid_NK] = -1
+    movable_NK = valid_NK
+    if devices_NG is not None:
+        usable_NKR = np.zeros(device_NKR.shape, bool)
+        for g in range(devices):
+            usable_NKR |= (device_NKR == g) & devices_NG[:, g, None, None]
+        device_NKR = np.where(usable_NKR, device_NKR, -1)
+        movable_NK = valid_NK & (usable_NKR.sum(-1) > 1)
     pick_NK = np.zeros(expert_NK.shape, np.int64)
     if slots_ER.shape[1] > 1:
         turn_N = np.zeros(tokens, np.int64)
         for g in range(devices):
             turn_N[source_N == g] = g + np.arange(np.count_nonzero(source_N == g))
         count_NK = count_E[expert_NK]
+        if devices_NG is not None:
+            count_NK = np.where(valid_NK, (device_NKR >= 0).sum(-1), count_NK)
+        # What may be used comes first, as turns are counted among them.
+        order_NKR = (device_NKR < 0).argsort(-1, kind="stable")
+        first_NKR = np.take_along_axis(device_NKR, order_NKR, -1)
         host_G = topology.host_G if topology.num_hosts > 1 else None
-        pick_NK = _nearest(device_NKR, count_NK, source_N, turn_N, host_G)
+        pick_NK = _nearest(first_NKR, count_NK, source_N, turn_N, host_G)
+        pick_NK = np.take_along_axis(order_NKR, pick_NK[..., None], -1)[..., 0]
         if correct:
-            _correct(pick_NK, expert_NK, device_NKR, source_N, device_ER, real_ER, devices)
+            _correct(
+                pick_NK, expert_NK, device_NKR, movable_NK, source_N, device_ER, real_ER, devices
+            )
     return np.where(valid_NK, slots_ER[expert_NK, pick_NK], -1)
 
 
@@ -123,6 +140,7 @@ def _correct(
     pick_NK: np.ndarray,
     expert_NK: np.ndarray,
     device_NKR: np.ndarray,
+    movable_NK: np.ndarray,
     source_N: np.ndarray,
     device_ER: np.ndarray,
     real_ER: np.ndarray,
@@ -134,21 +152,23 @@ def _correct(
     group_NK = expert_NK * replicas + pick_NK
     count_GER = np.zeros((devices, experts, replicas), np.int64)
     for g in range(devices):
-        mine = group_NK[source_N == g][valid_NK[source_N == g]]
+        mine = group_NK[source_N == g][movable_NK[source_N == g]]
         count_GER[g] = np.bincount(mine, minlength=device_ER.size).reshape(device_ER.shape)
     total_ER = count_GER.sum(0)
-    target_ER = settle(total_ER, device_ER, real_ER, devices)
+    at_NK = np.take_along_axis(device_NKR, pick_NK[..., None], -1)[..., 0]
+    fixed_G = np.bincount(at_NK[valid_NK & ~movable_NK], minlength=devices)
+    target_ER = settle(total_ER, device_ER, real_ER, devices, fixed_G)
     gives_ER, takes_ER = np.maximum(total_ER - target_ER, 0), np.maximum(target_ER - total_ER, 0)
 
-    at_NK = np.take_along_axis(device_NKR, pick_NK[..., None], -1)[..., 0]
     at_NK[~valid_NK] = -2
     alone_NKR = device_NKR != source_N[:, None, None]
     for k in range(pick_NK.shape[1]):
         for j in set(range(pick_NK.shape[1])) - {k}:
             alone_NKR[:, k] &= device_NKR[:, k] != at_NK[:, j, None]
     now_NK = np.take_along_axis(alone_NKR, pick_NK[..., None], -1)[..., 0].astype(np.int64)
-    then_NK = np.where((takes_ER > 0)[expert_NK], alone_NKR, 2).min(-1)
-    cost_NK = then_NK - now_NK
+    wanted_NKR = (takes_ER > 0)[expert_NK] & (device_NKR >= 0)
+    then_NK = np.where(wanted_NKR, alone_NKR, 2).min(-1)
+    cost_NK = np.where(wanted_NKR.any(-1), then_NK - now_NK, 2)
 
     upto_ER = takes_ER.cumsum(1)
     e_E1, r_R = np.arange(experts)[:, None], np.arange(replicas)
@@ -162,22 +182,29 @@ def _correct(
         edge_ER = part(pool_E1, upto_ER, upto_ER[:, -1:], up_E1, devices)
         edge_ER = np.where(upto_ER == upto_ER[:, -1:], pool_E1, np.minimum(edge_ER, pool_E1))
         first_ER = quota_ER.cumsum(1) - quota_ER
-        mine = np.flatnonzero((valid_NK & (source_N == g)[:, None]).reshape(-1))
+        mine = np.flatnonzero((movable_NK & (source_N == g)[:, None]).reshape(-1))
         mine = mine[np.lexsort((cost_NK.reshape(-1)[mine], group_NK.reshape(-1)[mine]))]
         for group in np.flatnonzero(quota_ER):
             e, r = divmod(int(group), replicas)
             members = mine[group_NK.reshape(-1)[mine] == group][: quota_ER[e, r]]
             places = first_ER[e, r] + np.arange(len(members))
-            flat[members] = np.searchsorted(edge_ER[e], places, side="right")
+            to = np.searchsorted(edge_ER[e], places, side="right")
+            usable = device_NKR.reshape(-1, replicas)[members, np.minimum(to, replicas - 1)] >= 0
+            flat[members[usable]] = to[usable]
 
 
 def settle(
-    count_ER: np.ndarray, device_ER: np.ndarray, real_ER: np.ndarray, devices: int
+    count_ER: np.ndarray,
+    device_ER: np.ndarray,
+    real_ER: np.ndarray,
+    devices: int,
+    fixed_G: np.ndarray | None = None,
 ) -> np.ndarray:
     """How many assignments each replica shall have, as `choice._settle`; int64 [E, R]."""
     count_ER = count_ER.copy()
     rows = np.arange(len(count_ER))
-    mean = -(-int(count_ER.sum()) // devices)
+    fixed_G = np.zeros(devices, np.int64) if fixed_G is None else fixed_G
+    mean = -(-int(count_ER.sum() + fixed_G.sum()) // devices)
     limit = mean + mean * (LOAD_PERCENT - 100) // 100
 
     def on_devices(x_ER: np.ndarray) -> np.ndarray:
@@ -186,7 +213,7 @@ def settle(
         return load_G
 
     for _ in range(ROUNDS):
-        load_G = on_devices(count_ER)
+        load_G = on_devices(count_ER) + fixed_G
         over_G = np.maximum(load_G - limit, 0)
         if not over_G.any():
             break

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.placement.arrays import Placement, from_slots, num_slots, slots_at_home
+from moejax.placement.arrays import Placement, host_arrays, num_slots, slots_at_home
 from moejax.placement.online import rebalance
 from moejax.placement.planner import Plan, describe, plan
 from moejax.placement.replicas import add_replicas
@@ -193,7 +194,6 @@ def stacked(slots_LP: np.ndarray, num_experts: int, max_replicas: int) -> Placem
         num_experts: E.
         max_replicas: R.
     """
-    import jax
-
-    each = [from_slots(slots_P, num_experts, max_replicas) for slots_P in slots_LP]
-    return jax.tree.map(lambda *arrays: np.stack([np.asarray(a) for a in arrays]), *each)
+    each: Any = [host_arrays(slots_P, num_experts, max_replicas) for slots_P in slots_LP]
+    fields: Any = map(np.stack, zip(*each, strict=True))
+    return Placement(*fields)

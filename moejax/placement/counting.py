@@ -41,7 +41,9 @@ __all__ = [
     "STEP_TOKENS",
     "Counts",
     "add_step",
+    "begin_reading",
     "count",
+    "fade",
     "make_counters",
     "read_counters",
     "sample_stride",
@@ -138,8 +140,10 @@ def add_step(counters: Counts, new: Counts, decay: float) -> Counts:
     Args:
         counters: the device's part, a leading dimension of 1.
         new: counts of its tokens of this step.
-        decay: from 0 to 1; 1 forgets nothing.
+        decay: from 0 to 1; 1 forgets nothing, and then old sums are not touched.
     """
+    if decay == 1.0:
+        return jax.tree.map(lambda old, n: old + n[None], counters, new)
     return jax.tree.map(lambda old, n: jnp.float32(decay) * old + n[None], counters, new)
 
 
@@ -155,15 +159,57 @@ def read_counters(counters: Counts, mesh: Mesh) -> Statistics:
     return Statistics(total.pairs_LEE, total.load_LE, total.tokens_L)
 
 
+def begin_reading(counters: Counts, mesh: Mesh) -> tuple[Counts, Counts]:
+    """Starts what `read_counters` does, for one process that goes on meanwhile.
+
+    Args:
+        counters, mesh: as there.
+
+    Returns:
+        the counts of all devices together, and those of each with empty pairs, on their way to the
+        host; `jax.device_get` waits for them. The counters may be given up at once.
+    """
+    found = _copied(mesh)(counters)
+    for array in jax.tree.leaves(found):
+        array.copy_to_host_async()
+    return found
+
+
+def fade(counters: Counts, mesh: Mesh, factor: float) -> Counts:
+    """All counts times a factor, on their devices; the old ones are given up."""
+    return _faded(mesh)(counters, jnp.float32(factor))
+
+
+@cache
+def _faded(mesh: Mesh) -> Any:
+    def faded(counters: Counts, factor: jax.Array) -> Counts:
+        return jax.tree.map(lambda count: count * factor, counters)
+
+    shardings = NamedSharding(mesh, COUNTERS_SPEC)
+    return jax.jit(faded, donate_argnums=0, out_shardings=shardings)
+
+
+def _sum(counters: Counts) -> Counts:
+    """This device's counters and those of the others, inside the shard_map."""
+    total = psum_statistics(jax.tree.map(lambda a: a[0], counters), TOKEN_AXES)
+    # A ring adds different parts of an array in different orders: equal up to rounding.
+    pairs_LEE = (total.pairs_LEE + total.pairs_LEE.swapaxes(1, 2)) / 2
+    return replace(total, pairs_LEE=pairs_LEE)
+
+
+@cache
+def _copied(mesh: Mesh) -> Any:
+    def copied(counters: Counts) -> tuple[Counts, Counts]:
+        return _sum(counters), replace(counters, pairs_LEE=counters.pairs_LEE[..., :0])
+
+    specs: Any = P(), COUNTERS_SPEC
+    mapped = jax.shard_map(
+        copied, mesh=mesh, in_specs=COUNTERS_SPEC, out_specs=specs, check_vma=False
+    )
+    return jax.jit(mapped)
+
+
 @cache
 def _summed(mesh: Mesh) -> Any:
-    def summed(counters: Counts) -> Counts:
-        total = psum_statistics(jax.tree.map(lambda a: a[0], counters), TOKEN_AXES)
-        # A ring adds different parts of an array in different orders: equal up to rounding.
-        pairs_LEE = (total.pairs_LEE + total.pairs_LEE.swapaxes(1, 2)) / 2
-        return replace(total, pairs_LEE=pairs_LEE)
-
-    mapped = jax.shard_map(
-        summed, mesh=mesh, in_specs=COUNTERS_SPEC, out_specs=P(), check_vma=False
-    )
+    mapped = jax.shard_map(_sum, mesh=mesh, in_specs=COUNTERS_SPEC, out_specs=P(), check_vma=False)
     return jax.jit(mapped)

@@ -166,16 +166,41 @@ class Migrator:
         for layer in chosen:
             if np.array_equal(old_LP[layer], new_LP[layer]):
                 continue
-            name, index = self._places[layer]
-            banks = tuple(variables[path] for path in self._paths[name])
-            program = self._program(tuple(map(_spec, banks)))
-            values = tuple(bank.get_value() for bank in banks)
-            moved = program(values, np.int32(index or 0), old_LP[layer], new_LP[layer])
-            if self._one_at_a_time:
-                jax.block_until_ready(moved)
-            for path, bank, value in zip(self._paths[name], banks, moved, strict=True):
-                variables[path] = bank.replace(value)
+            self._move(variables, layer, old_LP[layer], new_LP[layer])
         return nnx.from_flat_state(list(variables.items()))
+
+    def warm_up(self, params: Any, slots_LP: np.ndarray) -> Any:
+        """Compiles all that `move` may need, by moving experts to where they are.
+
+        Args:
+            params: weights of the model, resident; the buffers of a few layers are given up.
+            slots_LP: int [L_moe, G·S], the expert in each slot.
+
+        Returns:
+            the weights, the same.
+        """
+        slots_LP = np.asarray(slots_LP, np.int32)
+        first = {name: layer for layer, (name, _) in reversed([*enumerate(self._places)])}
+        self._check(slots_LP, slots_LP, list(first.values()))
+        variables, known = dict(nnx.to_flat_state(params)), set()
+        for name, layer in first.items():
+            banks = [variables[path] for path in self._paths[name]]
+            kind = tuple((v.get_value().shape, v.get_value().dtype, _spec(v)) for v in banks)
+            if kind not in known:
+                known.add(kind)
+                self._move(variables, layer, slots_LP[layer], slots_LP[layer])
+        return nnx.from_flat_state(list(variables.items()))
+
+    def _move(self, variables: Any, layer: int, old_P: np.ndarray, new_P: np.ndarray) -> None:
+        name, index = self._places[layer]
+        banks = tuple(variables[path] for path in self._paths[name])
+        program = self._program(tuple(map(_spec, banks)))
+        values = tuple(bank.get_value() for bank in banks)
+        moved = program(values, np.int32(index or 0), old_P, new_P)
+        if self._one_at_a_time:
+            jax.block_until_ready(moved)
+        for path, bank, value in zip(self._paths[name], banks, moved, strict=True):
+            variables[path] = bank.replace(value)
 
     def compiled(self) -> int:
         """How many programs have been compiled."""

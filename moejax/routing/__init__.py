@@ -1,7 +1,8 @@
 """Routing: which experts a token uses and with what weights.
 
 `router.py` ties it together; `choice.py` picks the experts, `losses.py` keeps them evenly used,
-`bias.py` does so without a loss, `metrics.py` says how evenly.
+`bias.py` does so without a loss, `metrics.py` says how evenly. `locality.py` scales scores by how
+far experts are, `two_stage.py` keeps to near ones, `near.py` chooses by both.
 """
 
 from moejax.routing.bias import RouterBias, update_bias

@@ -14,13 +14,21 @@ from moejax.config import RouterConfig
 from pallas_kernels.route.api import top_k
 from sharding.collectives import axis_index, axis_size
 
-__all__ = ["choose_experts", "deal_experts", "selection_scores"]
+__all__ = [
+    "choose_experts",
+    "deal_experts",
+    "keep_best_groups",
+    "only_order_counts",
+    "selection_scores",
+]
 
 
 def selection_scores(
     logits_TE: Float32[Array, "T E"],
     config: RouterConfig,
     bias_E: Float32[Array, " E"] | None = None,
+    *,
+    sums: bool = False,
 ) -> Float32[Array, "T E"]:
     """What the choice compares: probabilities, sigmoids or logits, plus the selection bias.
 
@@ -31,12 +39,12 @@ def selection_scores(
         logits_TE: float32 [T, E].
         config: `score_function` and the fields on groups are read.
         bias_E: float32 [E], or None for no bias.
+        sums: scores are also added up.
 
     Returns:
         float32 [T, E], without gradient.
     """
-    grouped = config.top_groups < config.num_groups
-    only_order = bias_E is None and not (grouped and config.group_score != "max")
+    only_order = only_order_counts(config, bias_E, sums=sums)
     match config.score_function:
         case "softmax" if not only_order:
             select_TE = jax.nn.softmax(logits_TE, axis=-1)
@@ -47,6 +55,14 @@ def selection_scores(
     if bias_E is not None:
         select_TE = select_TE + bias_E
     return lax.stop_gradient(select_TE)
+
+
+def only_order_counts(
+    config: RouterConfig, bias_E: Float32[Array, " E"] | None, *, sums: bool = False
+) -> bool:
+    """Whether selection scores are compared and nothing else; arguments as of these."""
+    grouped = config.top_groups < config.num_groups
+    return bias_E is None and not sums and not (grouped and config.group_score != "max")
 
 
 def choose_experts(
@@ -73,10 +89,18 @@ def choose_experts(
     Source: groups by `max`, arXiv 2405.04434 §2.1.3; by the sum of the 2 best, arXiv 2412.19437
     §2.1.2.
     """
-    if config.top_groups < config.num_groups:
-        # A biased score may be negative, so experts out of reach get -inf, not 0.
-        select_TE = jnp.where(_within_best_groups(select_TE, config), select_TE, -jnp.inf)
+    select_TE = keep_best_groups(select_TE, config)
     return top_k(select_TE, config.top_k, values_TE=values_TE, softmax=softmax)
+
+
+def keep_best_groups(
+    select_TE: Float32[Array, "T E"], config: RouterConfig
+) -> Float32[Array, "T E"]:
+    """The scores, −inf for experts outside of their token's best groups."""
+    if config.top_groups == config.num_groups:
+        return select_TE
+    # A biased score may be negative, so experts out of reach get -inf, not 0.
+    return jnp.where(_within_best_groups(select_TE, config), select_TE, -jnp.inf)
 
 
 def _within_best_groups(select_TE: jax.Array, config: RouterConfig) -> jax.Array:

@@ -25,7 +25,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from moejax.config import RouterConfig
 from moejax.routing.bias import RouterBias
 from moejax.routing.choice import choose_experts, deal_experts, selection_scores
+from moejax.routing.locality import Reach
 from moejax.routing.losses import RouterLosses, router_losses
+from moejax.routing.near import choose_near, mass_kept
 from pallas_kernels.route.router_product import router_product
 from sharding.mesh import TOKEN_AXES
 
@@ -45,6 +47,9 @@ class Routing:
     entropy_sum: float32 [], nats, entropy of the normalised scores summed over this device's
         tokens; no gradient.
     num_tokens: int32 [], unmasked tokens of this device.
+    kept: float32 [], score mass kept, see `mass_kept`, summed over this device's tokens; no
+        gradient. None where routing does not look at distances.
+    devices_TG: bool [T, G], the devices whose copies may serve a token; None: all.
     """
 
     scores_TK: Float32[Array, "T K"]
@@ -53,6 +58,8 @@ class Routing:
     counts_E: Int32[Array, " E"]
     entropy_sum: Float32[Array, ""]
     num_tokens: Int32[Array, ""]
+    kept: Float32[Array, ""] | None = None
+    devices_TG: Bool[Array, "T G"] | None = None
 
 
 def route(
@@ -62,6 +69,7 @@ def route(
     bias_E: Float32[Array, " E"] | None = None,
     token_mask_T: Bool[Array, " T"] | None = None,
     axes: Sequence[str] = TOKEN_AXES,
+    reach: Reach | None = None,
 ) -> Routing:
     """Chooses experts for tokens whose logits are known.
 
@@ -71,6 +79,7 @@ def route(
         bias_E: float32 [E], added for choosing only; it gets no gradient.
         token_mask_T: bool [T], False for padding: such tokens go nowhere and count nowhere.
         axes: mesh axes that tokens are split over; () outside of a shard_map.
+        reach: where the experts are, for a choice by distance, too; None: by scores alone.
 
     Returns:
         The routing. Its gradient flows to `logits_TE` through the scores and the losses, not
@@ -89,7 +98,15 @@ def route(
     renormalize = config.renormalize or config.score_function == "topk_softmax"
     # What is normalised over the chosen is their logarithms; sigmoids commute with the choice.
     values_TE = log_scores_TE if renormalize else logits_TE if sigmoid else probs_TE
-    if config.forced_balance:
+    near = kept = None
+    if reach is not None:
+        near = choose_near(logits_TE, config, reach, bias_E)
+        experts_TK, scores_TK = near.experts_TK, near.scores_TK
+        kept_T = mass_kept(logits_TE, probs_TE, experts_TK, config, bias_E)
+        if token_mask_T is not None:
+            kept_T = jnp.where(token_mask_T, kept_T, 0.0)
+        kept = jnp.sum(kept_T)
+    elif config.forced_balance:
         experts_TK = deal_experts(num_tokens, config, axes)
         scores_TK = _of_chosen(values_TE, experts_TK)
         if renormalize:
@@ -97,7 +114,7 @@ def route(
     else:
         select_TE = selection_scores(logits_TE, config, bias_E)
         experts_TK, scores_TK = choose_experts(select_TE, values_TE, config, softmax=renormalize)
-    if sigmoid and not renormalize:
+    if sigmoid and not renormalize and near is None:
         scores_TK = jax.nn.sigmoid(scores_TK)
     scores_TK = scores_TK * config.scaling_factor
 
@@ -117,6 +134,8 @@ def route(
         counts_E=counts_E,
         entropy_sum=jnp.sum(entropy_T),
         num_tokens=counted,
+        kept=kept,
+        devices_TG=None if near is None else near.devices_TG,
     )
 
 
@@ -179,6 +198,7 @@ class Router(nnx.Module):
         *,
         token_mask_T: Bool[Array, " T"] | None = None,
         axes: Sequence[str] = TOKEN_AXES,
+        reach: Reach | None = None,
     ) -> Routing:
         """Routes tokens.
 
@@ -186,6 +206,7 @@ class Router(nnx.Module):
             x_TD: [T, D], float32 or bfloat16.
             token_mask_T: bool [T], False for padding; None counts all tokens.
             axes: mesh axes that tokens are split over; () outside of a shard_map.
+            reach: where the experts are, for a choice by distance, too; None: by scores alone.
 
         Returns:
             The routing of this device's tokens.
@@ -197,4 +218,11 @@ class Router(nnx.Module):
         if self.b_E is not None:
             logits_TE = logits_TE + self.b_E[...]
         bias_E = None if self.selection_bias_E is None else self.selection_bias_E[...]
-        return route(logits_TE, self.config, bias_E=bias_E, token_mask_T=token_mask_T, axes=axes)
+        return route(
+            logits_TE,
+            self.config,
+            bias_E=bias_E,
+            token_mask_T=token_mask_T,
+            axes=axes,
+            reach=reach,
+        )

@@ -1,4 +1,4 @@
-"""The OpenAI-like HTTP interface: models, completions, chat completions, health."""
+"""The OpenAI-like HTTP interface: models, completions, chats, health, metrics."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from moejax.serving.http import (
 )
 from moejax.serving.json_text import to_json
 from moejax.serving.loop import EngineLoop, Piece
+from moejax.serving.metrics_text import CONTENT_TYPE, metrics_text
 from moejax.serving.protocol import ENDPOINTS, Job, Kind, read_job
 from moejax.serving.text_model import TextModel
 
@@ -90,8 +91,12 @@ def make_app(model: TextModel, loop: EngineLoop, settings: AppSettings | None = 
         stats = asdict(loop.stats)
         return json_response({"status": status, **stats}, 200 if status == "ok" else 503)
 
+    async def metrics(request: Request) -> Response:
+        return Response(metrics_text(loop.stats), headers={"content-type": CONTENT_TYPE})
+
     routes = [
         Route("/health", health),
+        Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
         *(

@@ -25,6 +25,13 @@ class ModelFlags:
         dtype: of the computation; `auto` is float32 on a CPU and the model's own elsewhere.
         expert_weights: keep the experts' weights in 8 bits, about half the memory of bfloat16;
             changes the text a little.
+        locality_penalty: scales probabilities of experts on other devices by 1 − this for the
+            choice: less is sent, and the text changes. None: as the model's configuration says,
+            also of the next three.
+        locality_host_penalty: likewise of experts on other hosts.
+        local_threshold: a token whose K-th best probability on its device is at least this uses
+            experts there only.
+        max_devices: a token's experts lie on at most this many devices.
     """
 
     model: str = ""
@@ -32,6 +39,10 @@ class ModelFlags:
     devices: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["none", "int8", "fp8"] = "none"
+    locality_penalty: float | None = None
+    locality_host_penalty: float | None = None
+    local_threshold: float | None = None
+    max_devices: int | None = None
 
     def __post_init__(self) -> None:
         if self.devices < 0:
@@ -52,6 +63,11 @@ class EngineFlags(ModelFlags):
         deterministic: a text's bits do not depend on the other texts (slower).
         decode_exchange: how experts' rows travel between devices when single tokens are decoded;
             `auto` measures, `config` is what the model's configuration says.
+        placement: where experts are computed: `home`, in order; `auto`, planned from the traffic
+            and followed; or a file of `python -m moejax.placement plan`.
+        replicas: slots of each device for copies of experts, with `--placement auto`.
+        rebalance_every: steps of the engine between two looks at the traffic, likewise.
+        placement_log: folder for what the looks led to, a line each, and a picture at the end.
     """
 
     max_rows: int = 32
@@ -62,6 +78,10 @@ class EngineFlags(ModelFlags):
     max_waiting: int = 1024
     deterministic: bool = False
     decode_exchange: Literal["auto", "config", "ring", "all_to_all", "remote"] = "auto"
+    placement: str = "home"
+    replicas: int = 0
+    rebalance_every: int = 1000
+    placement_log: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,11 +91,34 @@ class EngineFlags(ModelFlags):
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 (as needed) "
                     "or more"
                 )
+        self._check_placement()
         hold = self.pages * self.page_len
         if 0 < hold < self.max_len:
             raise UserError(
                 f"--pages {self.pages} --page-len {self.page_len}: hold {hold} tokens, fewer than "
                 f"--max-len {self.max_len}; give more pages or a smaller length"
+            )
+
+    def _check_placement(self) -> None:
+        if self.placement not in ("home", "auto") and not self.placement.endswith(".npz"):
+            raise UserError(f"--placement {self.placement}: must be home, auto or a file .npz")
+        if self.replicas < 0 or self.rebalance_every < 1:
+            raise UserError(
+                f"--replicas {self.replicas} --rebalance-every {self.rebalance_every}: must be at "
+                "least 0 and 1"
+            )
+        only = {"--replicas": self.replicas, "--placement-log": self.placement_log}
+        for name, value in only.items():
+            if value and self.placement != "auto":
+                raise UserError(
+                    f"{name} {value} with --placement {self.placement}: nothing is planned there; "
+                    "choose --placement auto or leave it out"
+                )
+        if self.placement == "auto" and self.deterministic:
+            raise UserError(
+                "--placement auto with --deterministic: another placement adds up in another "
+                "order, and when it comes depends on the other texts; name a plan's file, or leave "
+                "one of them out"
             )
 
     def engine_settings(self) -> EngineSettings:

@@ -17,6 +17,7 @@ import tyro
 
 from moejax.errors import UserError
 from moejax.serving.flags import ModelFlags
+from moejax.serving.locality import with_locality
 from moejax.serving.start import (
     keep_compiled_programs,
     load_model,
@@ -100,7 +101,7 @@ def main(config: RoutesConfig) -> None:
 
     if bool(config.text) == bool(config.prompt):
         raise UserError("--text, --prompt: give one of them, files or a text")
-    source = open_model(config.model or None, progress=reading_notes())
+    source = with_locality(open_model(config.model or None, progress=reading_notes()), config)
     layers = [i for i, layer in enumerate(source.config.layers()) if layer.moe is not None]
     if not layers:
         raise UserError(f"{source.path}: the model has no experts")

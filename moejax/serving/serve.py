@@ -13,8 +13,8 @@ __all__ = ["ServeConfig", "main"]
 
 DESCRIPTION = """Answers OpenAI's clients over HTTP.
 
-/v1/completions, /v1/chat/completions, /v1/models, /health. Ctrl-C ends it when the requests under
-way are done; a second one at once."""
+/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics. Ctrl-C ends it when
+the requests under way are done; a second one at once."""
 
 
 @dataclass(frozen=True)

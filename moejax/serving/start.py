@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejax.progress import NowAndThen
 from moejax.serving.flags import EngineFlags, ModelFlags
+from moejax.serving.locality import check_deterministic, with_locality
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -110,24 +111,44 @@ def make_engine(
     """
     from moejax.inference.engine import Engine
     from moejax.inference.exchange_choice import UNMEASURED
+    from moejax.inference.placement_choice import choose_placement
+    from moejax.inference.placing import ServingPlacement
     from moejax.serving.text_model import end_ids
 
     settings = settings or flags.engine_settings()
+    source = with_locality(source, flags)
     shape = start_devices(flags, source.config)
+    check_deterministic(source.config, shape, settings.deterministic)
     keep_compiled_programs()
-    loaded = load_model(source, shape, flags.dtype, flags.expert_weights)
+    placement = choose_placement(
+        flags.placement,
+        source.config,
+        shape,
+        replicas=flags.replicas,
+        every=flags.rebalance_every,
+        folder=flags.placement_log,
+        deterministic=settings.deterministic,
+    )
+    blueprint, params, biases = load_model(source, shape, flags.dtype, flags.expert_weights)
+    placing = None
+    if placement is not None:
+        placing = ServingPlacement(blueprint, params, placement, tell=note)
+        blueprint, params = placing.blueprint, placing.params
     engine = Engine(
-        *loaded,
+        blueprint,
+        params,
+        biases,
         num_ids=None if source.tokenizer is None else source.tokenizer.vocab_size,
         end_ids=end_ids(source),
         settings=settings,
+        placing=placing,
     )
     wanted = settings.max_len or source.config.max_context
     if engine.max_len < wanted:
         why = f"--pages {settings.pages} hold" if settings.pages else "the free memory holds"
         note(f"texts of at most {engine.max_len} tokens, not {wanted}: {why} no more")
     how = flags.decode_exchange
-    measure = measure and not settings.deterministic and _have_speeds(loaded[0].mesh)
+    measure = measure and not settings.deterministic and _have_speeds(blueprint.mesh)
     if how == "auto" and not measure:
         how = UNMEASURED
     picked = engine.pick_exchange(how)
@@ -151,6 +172,7 @@ def running_loop(engine: Engine, tokenizer: Tokenizer) -> Iterator[EngineLoop]:
         yield loop
     finally:
         loop.stop()
+        engine.close()
 
 
 @contextlib.contextmanager

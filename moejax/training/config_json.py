@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from moejax.errors import UserError
 
-__all__ = ["config_differences", "config_from_json", "config_to_json"]
+__all__ = ["config_differences", "config_from_json", "config_to_json", "with_new_fields"]
 
 Config = TypeVar("Config")
 
@@ -39,6 +39,8 @@ def config_to_json(config: Any) -> dict[str, Any]:
 def config_from_json(cls: type[Config], data: Any, source: str = "configuration") -> Config:
     """Rebuilds what `config_to_json` wrote.
 
+    A field with `may_lack` in its metadata takes its default where it is missing.
+
     Args:
         cls: the dataclass.
         data: parsed JSON.
@@ -56,6 +58,22 @@ def config_from_json(cls: type[Config], data: Any, source: str = "configuration"
             "hand; mend it or start anew"
         )
     return config
+
+
+def with_new_fields(old: Any, config: Any) -> Any:
+    """The JSON form `old`, with the defaults of fields of `config` that it `may_lack`."""
+    if not isinstance(old, dict) or not dataclasses.is_dataclass(config):
+        return old
+    filled = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in old:
+            filled[field.name] = with_new_fields(old[field.name], value)
+        elif field.metadata.get("may_lack"):
+            make: Any = field.default_factory
+            default: Any = field.default if make is dataclasses.MISSING else make()
+            filled[field.name] = _encode(default, type(default))
+    return {**old, **filled}
 
 
 def config_differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -78,6 +96,11 @@ def config_differences(old: Any, new: Any, path: str = "") -> list[tuple[str, An
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _may_lack(cls: Any) -> set[str]:
+    """Fields that came later: what was written without them means their defaults."""
+    return {field.name for field in dataclasses.fields(cls) if field.metadata.get("may_lack")}
 
 
 def _fields(cls: Any) -> Iterator[tuple[str, Any]]:
@@ -197,7 +220,8 @@ def _decode_config(value: Any, cls: Any, path: str, problems: list[str]) -> Any:
     count = len(problems)
     expected = dict(_fields(cls))
     problems += [f"unknown key {_join(path, key)}" for key in value if key not in expected]
-    problems += [f"missing key {_join(path, key)}" for key in expected if key not in value]
+    lacking = [key for key in expected if key not in value and key not in _may_lack(cls)]
+    problems += [f"missing key {_join(path, key)}" for key in lacking]
     arguments = {
         name: _decode(value[name], declared, _join(path, name), problems)
         for name, declared in expected.items()

@@ -36,6 +36,7 @@ _FREE = {
     "model.moe.router.bias_update_rate",
 }
 _EXCHANGE = "model.moe.exchange."
+_LOCALITY = "model.moe.locality."  # learned under it or not, the weights are of one kind
 _PROJECTIONS = (f"{_EXCHANGE}wire.dispatch_dim", f"{_EXCHANGE}wire.combine_dim")
 
 
@@ -87,7 +88,9 @@ def check_initialised(config: TrainConfig, start: TrainConfig) -> None:
     wrong = [
         f"{_flag(name)} is {a!r} there and {b!r} here"
         for name, a, b in config_differences(there, here)
-        if name not in _FREE and (not name.startswith(_EXCHANGE) or name in _PROJECTIONS)
+        if name not in _FREE
+        and not name.startswith(_LOCALITY)
+        and (not name.startswith(_EXCHANGE) or name in _PROJECTIONS)
     ]
     if wrong:
         raise UserError(

@@ -27,7 +27,12 @@ from typing import Any, TypeVar
 
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
-from moejax.training.config_json import config_differences, config_from_json, config_to_json
+from moejax.training.config_json import (
+    config_differences,
+    config_from_json,
+    config_to_json,
+    with_new_fields,
+)
 from moejax.training.files import disk_errors, write_atomically
 from moejax.training.metrics import MetricsLog, read_metrics
 
@@ -138,7 +143,7 @@ class RunDir:
         new = config_to_json(config)
         if not self.config_path.exists():
             return False
-        old = self._read_json()
+        old = with_new_fields(self._read_json(), config)
         pairs = [(_entry(old, name), _entry(new, name), name) for name in must_match]
         found = [d for a, b, name in pairs for d in config_differences(a, b, name)]
         found = [difference for difference in found if difference[0] not in free]

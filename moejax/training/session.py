@@ -175,12 +175,14 @@ class Session:
     def _moe_metrics(self, step: int, moe: MoEAux | None) -> dict[str, Any]:
         if moe is None:
             return {}
-        router = router_metrics(moe.counts_E, moe.entropy_sum, moe.num_tokens)
+        router = router_metrics(moe.counts_E, moe.entropy_sum, moe.num_tokens, moe.kept)
         row: dict[str, Any] = {
             "router_entropy": router["entropy"],
             "load_max_over_mean": router["max_over_mean"],
             "exchange": {name: value for name, value in vars(moe.counters).items()},
         }
+        if "score_mass_kept" in router:
+            row["score_mass_kept"] = router["score_mass_kept"]
         every = max(1, self._config.steps // LOAD_SNAPSHOTS)
         if step % every == 0 or step == 1:
             row["tokens_per_expert"] = router["tokens_per_expert"]
@@ -189,13 +191,17 @@ class Session:
     def evaluate(self, step: int, state: TrainState, evaluator: Evaluator) -> None:
         """Writes an estimate of held-out bits per byte on the way."""
         params = evaluator.weights(state)
-        bits = evaluator.bits_per_byte(params, state.biases, self._config.eval_windows)
-        self._note_held_out(step, bits)
+        limit, where = self._config.eval_windows, self.placing.arrays
+        bits = evaluator.bits_per_byte(params, state.biases, limit, where)
+        self._note_held_out(step, bits, evaluator.score_mass_kept)
         print(f"step {step}: held-out {bits:.3f} bits/byte (estimate)", flush=True)
 
-    def _note_held_out(self, step: int, bits: float) -> None:
+    def _note_held_out(self, step: int, bits: float, mass: float | None) -> None:
         self._held_out[step] = bits
-        self._run.append_evaluation({"step": step, "heldout_bits_per_byte": bits})
+        row = {"step": step, "heldout_bits_per_byte": bits}
+        if mass is not None:
+            row["score_mass_kept"] = mass
+        self._run.append_evaluation(row)
 
     def sample(self, params: Any, biases: Any, prompt: str) -> str:
         """The prompt and its continuation, drawn at temperature 0.8."""
@@ -223,8 +229,8 @@ class Session:
             return
         print("evaluating on all held-out text", flush=True)
         params = evaluator.weights(state)
-        bits = evaluator.bits_per_byte(params, state.biases)
-        self._note_held_out(step, bits)
+        bits = evaluator.bits_per_byte(params, state.biases, placement=self.placing.arrays)
+        self._note_held_out(step, bits, evaluator.score_mass_kept)
         references = reference_compression(self._text.held_out)
         self._draw(references)
         sample = self.sample(params, state.biases, "def ")

@@ -160,29 +160,42 @@ def _balanced(biases: nnx.State, blueprint: Blueprint, moe: MoEAux | None) -> nn
 
 
 def make_eval_step(
-    blueprint: Blueprint, loss_chunk: int = 0, **jit_options: Any
-) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
-    """Builds `(params, biases, tokens, mask) → summed nll`, float32 [] nats.
+    blueprint: Blueprint, loss_chunk: int = 0, *, with_kept: bool = False, **jit_options: Any
+) -> Callable[..., Any]:
+    """Builds `(params, biases, tokens, mask, placement=None) → summed nll`, float32 [] nats.
 
     Params are split by their use (`specs_of`); tokens int32 [B, S + 1] and mask bool [B, S] over
-    `data` × `expert`. Masked-out targets count nothing; all tokens are routed.
+    `data` × `expert`; a placement [L, …], None for home. Masked-out targets count nothing; all
+    tokens are routed. With `with_kept`, for models with experts, a pair: that, and float32 [2],
+    `MoEAux.kept` and tokens, summed over layers.
     """
 
-    def evaluate(params: Any, biases: Any, tokens_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
+    def evaluate(
+        params: Any, biases: Any, tokens_BS: jax.Array, mask_BS: jax.Array, placement: Any
+    ) -> Any:
         model = blueprint.merge(params, biases)
-        out = model(tokens_BS[:, :-1], inference=True)
+        out = model(tokens_BS[:, :-1], placement=placement, inference=True)
         nll_BS = model.nll(out.hidden_BSD, tokens_BS[:, 1:], chunk=loss_chunk or None)
-        return psum_statistics(jnp.sum(jnp.where(mask_BS, nll_BS, 0.0)), TOKEN_AXES)
+        nll = psum_statistics(jnp.sum(jnp.where(mask_BS, nll_BS, 0.0)), TOKEN_AXES)
+        if not with_kept or out.aux is None:
+            return nll
+        tokens = jnp.sum(out.aux.num_tokens).astype(jnp.float32)
+        kept = tokens if out.aux.kept is None else jnp.sum(out.aux.kept)
+        return nll, psum_statistics(jnp.stack([kept, tokens]), TOKEN_AXES)
 
     rows = P(TOKEN_AXES, None)
     mapped = jax.shard_map(
         evaluate,
         mesh=blueprint.mesh,
-        in_specs=(specs_of(blueprint.params), blueprint.bias_specs, rows, rows),
+        in_specs=(specs_of(blueprint.params), blueprint.bias_specs, rows, rows, P()),
         out_specs=P(),
         check_vma=False,
     )
-    return jax.jit(mapped, **jit_options)
+
+    def step(params: Any, biases: Any, tokens: Any, mask: Any, placement: Any = None) -> Any:
+        return mapped(params, biases, tokens, mask, placement)
+
+    return jax.jit(step, **jit_options)
 
 
 def make_gather(blueprint: Blueprint) -> Callable[[nnx.State], nnx.State]:
