@@ -333,6 +333,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
     "decode_exchange": lambda: of_exchange("decode_exchange", figures_inference.decode_exchange),
     "placement": lambda: of_exchange("placement", figures_placement.placements),
+    "locality": lambda: of_exchange("locality", figures_placement.locality),
+    "locality_trained": lambda: of_exchange("locality", figures_placement.locality_trained),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,

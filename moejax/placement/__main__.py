@@ -1,11 +1,13 @@
-"""Plans and measures placements from routing traces.
+"""Plans and measures placements from routing traces, and routing that knows them from texts.
 
 python -m moejax.placement plan --trace FILE --devices 8 --out plan.npz
 python -m moejax.placement measure --trace FILE --plan plan.npz
+python -m moejax.placement sweep --devices 8 --loss-budget 2% --out sweep.json --picture sweep.png
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -17,12 +19,14 @@ import tyro
 
 from moejax.cli import parse, run_main
 from moejax.errors import UserError
+from moejax.placement import sweep
 from moejax.placement.arrays import slots_at_home
 from moejax.placement.choice_reference import reference
 from moejax.placement.evaluate import Measures, mean_of, measure_trace
 from moejax.placement.plan_file import read_slots, write_slots
 from moejax.placement.planner import HOST_WEIGHT, plan
 from moejax.placement.statistics import statistics_of
+from moejax.placement.sweep import SweepConfig
 from moejax.placement.topology import Topology
 from moejax.placement.trace import Trace, read_trace
 
@@ -103,11 +107,13 @@ def _run(argv: list[str]) -> None:
         _plan(parse(PlanConfig(), argv[1:], f"{_PROG} plan"))
     elif argv[:1] == ["measure"]:
         _measure(parse(MeasureConfig(), argv[1:], f"{_PROG} measure"))
+    elif argv[:1] == ["sweep"]:
+        _sweep(parse(SweepConfig(), argv[1:], f"{_PROG} sweep"))
     elif argv in (["-h"], ["--help"]):
         print(__doc__)
     else:
         raise UserError(
-            f"{argv[0] if argv else 'no mode'}: write {_PROG} plan, or measure; see --help"
+            f"{argv[0] if argv else 'no mode'}: write {_PROG} plan, measure or sweep; see --help"
         )
 
 
@@ -182,6 +188,15 @@ def _measure(config: MeasureConfig) -> None:
     for layer, one in enumerate(measures):
         _tell(f"layer {layer}", [one])
     _tell("mean", measures)
+
+
+def _sweep(config: SweepConfig) -> None:
+    import jax
+
+    # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", config.devices)
+    sweep.run(config, lambda line: print(line, flush=True))
 
 
 def _open(path: str) -> Trace:
