@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> None:
         UserError: whatever a user can mend.
     """
     from moejax.training.host_memory import keep_freed_memory
-    from sharding.mesh import make_mesh
+    from sharding.mesh import make_mesh, runs_in_turn
 
     keep_freed_memory()
     shape = choose_mesh(config)
@@ -124,9 +124,8 @@ def train(config: TrainConfig) -> None:
         timer = StepTimer(config.steps - first, config.data.batch_size * config.data.seq_len)
 
         step = first
-        # Metrics are read one step late, so that a device never waits for the host. Fake devices
-        # share one pool of threads, in which two programs in flight may wait for each other.
-        late = device.platform != "cpu"
+        # Metrics are read one step late, so that a device never waits for the host.
+        late = not runs_in_turn(blueprint.mesh)
         waiting: tuple[int, Any] | None = None
         with Prefetcher(session.batch, first) as batches:
             while step < config.steps and not stop.requested:

@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moejax.errors import UserError
 
-__all__ = ["AXES", "DATA", "EXPERT", "TENSOR", "TOKEN_AXES", "MeshShape", "make_mesh"]
+__all__ = [
+    "AXES",
+    "DATA",
+    "EXPERT",
+    "TENSOR",
+    "TOKEN_AXES",
+    "MeshShape",
+    "abstract_mesh",
+    "in_turn",
+    "make_mesh",
+    "runs_in_turn",
+]
+
+Arrays = TypeVar("Arrays")
 
 DATA, EXPERT, TENSOR = "data", "expert", "tensor"
 AXES = (DATA, EXPERT, TENSOR)
@@ -88,3 +102,16 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh
 def abstract_mesh(shape: MeshShape) -> AbstractMesh:
     """A mesh without devices, to trace and lower for machines that are not here."""
     return AbstractMesh(shape.sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def runs_in_turn(mesh: Mesh) -> bool:
+    """Whether a program must have ended before another one starts.
+
+    Fake devices share one pool of threads, in which two programs under way may wait for each other.
+    """
+    return mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
+
+
+def in_turn(mesh: Mesh, arrays: Arrays) -> Arrays:
+    """What a program gave, when another one may be started: see `runs_in_turn`."""
+    return jax.block_until_ready(arrays) if runs_in_turn(mesh) else arrays

@@ -111,12 +111,16 @@ def test_one_prompt(script, folder, generator):
 
 def test_a_batch_with_sampling_and_stop(script, folder, generator):
     prompts = ["a b", "-x", "é"]
-    sampling = SamplingConfig(0.9, 20, 0.95, 0.001, 11)
-    stop = expected(generator, prompts, sampling)[1][-2:]
+    for seed in range(11, 99):  # of random weights: one of whose texts there is something to cut
+        sampling = SamplingConfig(0.9, 20, 0.95, 0.001, seed)
+        text = expected(generator, prompts, sampling)[1]
+        if len(text) > len(prompts[1]) + 2 and text[-2:].strip("\r\n\0") == text[-2:]:
+            break
+    stop = text[-2:]
     code, out, err = script(
         *("--model", folder, "-p", "a b", "-p=-x", "--prompt", "-", "--max-tokens", 6),
-        *("--temperature", 0.9, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.001, "--seed", 11),
-        *("--stop", stop, "--stop", "never this"),
+        *("--temperature", 0.9, "--top-k", 20, "--top-p", 0.95, "--min-p", 0.001, "--seed", seed),
+        *(f"--stop={stop}", "--stop", "never this"),
         stdin="é".encode(),
     )
     texts = expected(generator, prompts, sampling, stop=[stop])

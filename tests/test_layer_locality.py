@@ -197,4 +197,7 @@ def test_evaluation_is_under_the_placement(rng, locality):
         assert masses[0] == pytest.approx(masses[1], rel=1e-6)
         assert 0 < masses[2] < 1 and masses[2] != pytest.approx(masses[0], rel=1e-6)
     else:
-        assert bits[2] == bits[0] and masses == [None] * 3
+        assert bits[2] == bits[0] and masses == [None] * 3  # it need not even be passed on
+        args = *weights, tokens, windows.mask
+        home, mixed = (float(evaluator._step(*args, where)) for where in (None, placement))
+        assert mixed == pytest.approx(home, rel=1e-6)

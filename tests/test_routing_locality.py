@@ -6,7 +6,9 @@ from itertools import combinations
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 from locality_support import (
     HOSTS,
     E,
@@ -23,13 +25,15 @@ from locality_support import (
     random_slots,
 )
 
-from moejax.config import LocalityConfig, MoEConfig, RouterConfig
+from moejax.config import ExpertsConfig, LocalityConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
+from moejax.layer import MoELayer
 from moejax.placement.arrays import from_slots, slots_at_home
 from moejax.placement.choice import place
 from moejax.routing import route
 from moejax.routing.locality import distances, reach_of
-from sharding.mesh import EXPERT
+from sharding.mesh import EXPERT, TOKEN_AXES, MeshShape, make_mesh
+from sharding.specs import specs_of
 
 BOTH = {"load_balance_coef": 0.3, "z_loss_coef": 0.2}
 FAR = {"device_penalty": 0.3, "host_penalty": 0.6}
@@ -252,12 +256,25 @@ def test_equal_scores_are_used_near():
         assert np.array_equal(found.devices_TG[g], np.arange(G) == np.full((T, 1), g))
 
 
+NEAR = LocalityConfig(0.5)
+
+
 def test_off_is_the_program_without():
-    logits = np.zeros((T, E), np.float32)
-    config = RouterConfig(E, 3)
-    run = partial(route, config=config, axes=())
-    text = str(jax.make_jaxpr(run)(logits))
-    assert text == str(jax.make_jaxpr(partial(run, reach=None))(logits))
+    """Of a layer on two devices; what is asked for shows in it."""
+    texts = []
+    for locality in LocalityConfig(), LocalityConfig(weights="scaled", local="host"), NEAR:
+        config = MoEConfig(RouterConfig(4, 2), ExpertsConfig(16), locality=locality)
+        layer = MoELayer(8, config, expert_devices=2, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(layer)
+        run = jax.shard_map(
+            lambda state, x, graph=graph: nnx.merge(graph, state)(x)[0],
+            mesh=make_mesh(MeshShape(expert=2)),
+            in_specs=(specs_of(state), P(TOKEN_AXES)),
+            out_specs=P(TOKEN_AXES),
+            check_vma=False,
+        )
+        texts.append(str(jax.make_jaxpr(run)(state, np.zeros((6, 8), np.float32))))
+    assert texts[0] == texts[1] != texts[2]
     assert not LocalityConfig(weights="scaled", local="host").active
     for active in ({"device_penalty": 0.1}, {"host_penalty": 0.1}, {"local_threshold": 0.0},
                    {"max_devices": 1}, {"max_hosts": 2}):  # fmt: skip

@@ -14,7 +14,7 @@ from moejax.errors import UserError
 from moejax.inference.model_folder import save_model_folder
 from moejax.inference.source import ModelSource, open_model
 from moejax.serving.flags import ModelFlags
-from moejax.serving.locality import check_deterministic, with_locality
+from moejax.serving.locality import check_deterministic, check_limits, with_locality
 from moejax.serving.start import load_model
 from sharding.mesh import TOKEN_AXES, MeshShape
 from sharding.specs import specs_of
@@ -47,6 +47,11 @@ def test_refused(tmp_path):
     near = with_locality(source, ModelFlags(locality_penalty=0.1)).config
     with pytest.raises(UserError, match=r"--deterministic with expert=2 and a model that prefers"):
         check_deterministic(near, MeshShape(expert=2), True)
+    off = with_locality(dataclasses.replace(source, config=near), ModelFlags(locality="off"))
+    assert off.config == CONFIG
+    check_deterministic(off.config, MeshShape(expert=2), True)
+    with pytest.raises(UserError, match=r"--locality off with --max-devices 2: leave one"):
+        with_locality(source, ModelFlags(locality="off", max_devices=2))
     check_deterministic(near, MeshShape(expert=2), False)
     check_deterministic(near, MeshShape(expert=1), True)
     check_deterministic(CONFIG, MeshShape(expert=2), True)
@@ -77,3 +82,19 @@ def test_the_loaded_model_stays_on_its_devices(tmp_path, rng):
         sent.append(int(aux.counters.rows_host.sum()))
         assert (aux.kept is None) == (flags.local_threshold is None)
     assert sent[0] > 0 == sent[1]
+
+
+def test_limits_are_checked_before_anything_is_loaded(tmp_path):
+    """The packaged shapes: 8 experts, 2 for a token; what changes nothing is told."""
+    experts, top_k = CONFIG.moe.router.num_experts, CONFIG.moe.router.top_k
+    source = source_of(tmp_path)
+    few = with_locality(source, ModelFlags(max_devices=1)).config
+    assert experts >= 4 and top_k >= 2
+    with pytest.raises(UserError, match=rf"max_devices=1 with top_k={top_k}: 1 of the mesh hold"):
+        check_limits(few, MeshShape(expert=experts), None)
+    assert check_limits(few, MeshShape(expert=experts), top_k) == []  # with room for copies
+    assert check_limits(CONFIG, MeshShape(expert=experts), None) == []
+    assert "nothing changes" in check_limits(few, MeshShape(), None)[0]
+    many = with_locality(source, ModelFlags(max_devices=4, locality_host_penalty=0.5)).config
+    told = check_limits(many, MeshShape(expert=2), None)
+    assert len(told) == 2 and "limits nothing" in told[0] and "one host" in told[1]

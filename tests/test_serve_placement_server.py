@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
 import threading
+import time
 import urllib.request
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +19,15 @@ from serve_placement_support import Blocked
 from moejax.errors import UserError
 from moejax.inference.params import SamplingParams
 from moejax.inference.placement_choice import choose_placement
+from moejax.inference.placing import ServingPlacement
 from moejax.inference.request import PlacementStats
 from moejax.placement import controller
 from moejax.placement.arrays import slots_at_home
 from moejax.placement.background import BackgroundPlanner
+from moejax.placement.controller import Rebalance
 from moejax.placement.plan_file import read_slots, write_slots
-from moejax.serving.flags import EngineFlags
+from moejax.serving.flags import REBALANCE_EVERY, EngineFlags
+from moejax.training.metrics import MetricsLog
 from sharding.mesh import MeshShape
 
 EXPERTS, LAYERS = 8, 2
@@ -48,12 +55,56 @@ def test_a_stop_ends_planning_after_a_few_layers(monkeypatch):
         lambda: controller.Statistics(pairs, load, tokens), lambda *found: told.append(found)
     )
     assert blocked.asked.wait(60) and planner.busy
-    planner.begin(lambda: 1 / 0, None)  # one at a time
+    assert not planner.begin(lambda: 1 / 0, None)  # one at a time
     threading.Timer(0.1, blocked.go.set).start()
-    planner.stop()
+    assert planner.stop(60)
     assert not planner.busy and not told and planner.failure is None
-    planner.begin(lambda: 1 / 0, None)
-    assert not planner.busy
+    assert not planner.begin(lambda: 1 / 0, None)
+
+
+def test_the_next_look_begins_when_one_was_taken(monkeypatch):
+    """However long the thread of the one before takes to end after its last word."""
+    go = threading.Event()
+    run = BackgroundPlanner._run
+
+    def lingering(self, *args):
+        run(self, *args)
+        assert go.wait(60)
+
+    monkeypatch.setattr(BackgroundPlanner, "_run", lingering)
+    planner = BackgroundPlanner(EXPERTS, 2, 4)
+    pairs, load, tokens = (np.zeros((2, *more), np.float32) for more in ((8, 8), (8,), ()))
+    read = partial(controller.Statistics, pairs, load, tokens)
+    told = []
+    for _ in range(2):
+        assert planner.begin(read, lambda *_: None)
+        while (found := planner.take()[1]) is None:
+            assert planner.failure is None and not planner.begin(read, lambda *_: None)
+            time.sleep(0.01)
+        told.append(found.kind)
+        threading.Timer(0.05, go.set).start()
+    assert told == ["waits", "waits"]
+    assert planner.stop(60)
+
+
+def test_readers_of_lines_and_disks_may_be_gone(tmp_path, monkeypatch):
+    """A line that nobody reads and a log that cannot be written end nothing."""
+
+    def gone(line):
+        raise BrokenPipeError
+
+    placing = object.__new__(ServingPlacement)
+    placing._line, placing._told = gone, ""
+    placing._tell("what")
+    placing._log = MetricsLog(tmp_path / "placement.jsonl")
+    placing._history = SimpleNamespace(looked=lambda *_: None)
+    os.close(placing._log._fd)
+    told = Rebalance("plan", 1, 0, (0.5, 0.4), (1.0, 1.0), 100.0, 0.1)
+    statistics = SimpleNamespace(pairs_LEE=None, load_LE=None)
+    closed = []
+    monkeypatch.setattr(MetricsLog, "close", lambda self: closed.append(self))
+    placing._note_look(4, None, [None], statistics, told)
+    assert placing._log is None and len(closed) == 1
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
@@ -174,14 +225,18 @@ def test_a_server_tells_what_it_did(rng, tmp_path, tmp_path_factory, monkeypatch
         assert served.ask("/health")[1]["placement"]["looks"] >= 1
     engine.close()
     rows = [json.loads(line) for line in (log / "placement.jsonl").read_text().splitlines()]
-    assert any(row["kind"] == "plan" for row in rows)
+    assert rows[0]["kind"] == "start" and any(row["kind"] == "plan" for row in rows)
     assert (log / "placement.png").read_bytes().startswith(b"\x89PNG")
     assert "experts moved" in capsys.readouterr().err
 
     # What was planned is a plan for the next start.
     assert read_slots(log / "placement.npz")[0].shape == (LAYERS, 12)
     again = dataclasses.replace(
-        flags, placement=str(log / "placement.npz"), replicas=0, placement_log=""
+        flags,
+        placement=str(log / "placement.npz"),
+        replicas=0,
+        rebalance_every=REBALANCE_EVERY,
+        placement_log="",
     )
     engine = start.make_engine(source, again)
     engine.expect(8, 64)

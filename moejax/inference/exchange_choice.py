@@ -9,12 +9,9 @@ waves, and no loop waits for it. With few rows that room costs next to nothing.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal, cast, get_args
@@ -30,10 +27,9 @@ from jax.sharding import PartitionSpec as P
 from moejax import exchange
 from moejax.config import ExchangeConfig, MoEConfig
 from moejax.errors import UserError
+from moejax.inference.compiling import compile_together
 from moejax.layer import MoELayer
 from moejax.placement.arrays import Placement
-from moejax.quantized_bank import QuantizedWeight
-from moejax.routing.bias import RouterBias
 from moejax.training.state import Blueprint
 from pallas_kernels.exchange import push
 from sharding.mesh import TOKEN_AXES
@@ -61,7 +57,6 @@ _LAYERS = 16  # that one program runs, so that starting it matters little
 _ROUNDS = 2
 _CALLS = 5
 _CALL_SECONDS = 0.2  # after so many no further call
-_MOST_COMPILERS = 8
 
 Timer = Callable[[str, int, Callable[[], Any]], float]
 """(exchange, rows of a device, what runs it and waits for its end) → seconds of a call."""
@@ -110,12 +105,7 @@ def with_exchange(blueprint: Blueprint, name: str) -> Blueprint:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, MoELayer):
             module.config = _one_wave(module.config, name)
-    changed = copy.copy(blueprint)
-    changed.graph, *_ = nnx.split(model, *_KINDS)
-    return changed
-
-
-_KINDS: Any = ((nnx.Param, QuantizedWeight), RouterBias)
+    return blueprint.around(model)
 
 
 def _one_wave(config: MoEConfig, name: str) -> MoEConfig:
@@ -249,12 +239,10 @@ class _Measurement:
             for name in self._different(rows):
                 with self._leaving_out(name):
                     lowered[rows, name] = self._lower(name, rows)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_COMPILERS)) as pool:
-            futures = {key: pool.submit(program.compile) for key, program in lowered.items()}
-        programs = {}
-        for key, future in futures.items():
+        futures, programs = dict(compile_together(lowered.items())), {}
+        for key in lowered:
             with self._leaving_out(key[1]):
-                programs[key] = future.result()
+                programs[key] = futures[key].result()
         # More than once: the clocks of a device that had nothing to do rise first.
         for _ in range(_ROUNDS):
             for (rows, name), program in programs.items():
@@ -306,7 +294,7 @@ class _Measurement:
     def _lower(self, name: str, rows: int) -> Any:
         variant = with_exchange(self._blueprint, name)
         model: Any = variant.merge(variant.params, variant.biases)
-        graph, *_ = nnx.split(model.layers[self._group.name].moe, *_KINDS)
+        graph, _ = nnx.split(model.layers[self._group.name].moe)
 
         def run(states: tuple[Any, Any], x_TD: jax.Array, placement: Any) -> jax.Array:
             if self._scanned:

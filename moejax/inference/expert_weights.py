@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from jax import numpy as jnp
 
 from moejax.errors import UserError
 from moejax.inference.stored import Keep
-from moejax.layer import MoELayer
-from moejax.model.groups import lead_specs
+from moejax.model.groups import change_blocks
 from moejax.quantized_bank import QuantizedWeight, WeightDtype
-from moejax.routing.bias import RouterBias
 from moejax.training.state import Blueprint, weight_targets
 from pallas_kernels.quantized_experts.format import QuantizedMatrices, quantize
 
@@ -45,14 +41,13 @@ def quantized_blueprint(blueprint: Blueprint, weights: str) -> Blueprint:
             "first (MoELayer.quantize_experts); leave it out"
         )
     model: Any = blueprint.merge(blueprint.params, blueprint.biases)
-    for group in moe:
-        layer = model.layers[group.name]
-        model.layers[group.name] = _quantized(layer, blueprint, weights, group.scanned)
-    quantized = copy.copy(blueprint)
-    kinds = (nnx.Param, QuantizedWeight)
-    quantized.graph, params, biases = nnx.split(model, kinds, RouterBias)  # type: ignore[misc]
-    quantized.params, quantized.biases = params, biases
-    return quantized
+    dtype, tensor = _DTYPES[weights], blueprint.shape.tensor
+
+    def quantize_experts(block: Any) -> None:
+        block.moe.quantize_experts(dtype, tensor=tensor)
+
+    change_blocks(model, moe, quantize_experts, new=QuantizedWeight)
+    return blueprint.around(model)
 
 
 def quantizing(quantized: Blueprint, weights: str) -> Keep:
@@ -87,25 +82,3 @@ def quantizing(quantized: Blueprint, weights: str) -> Keep:
         return dict(zip(names, (made.values, made.scales), strict=True))
 
     return keep
-
-
-def _quantized(layer: nnx.Module, blueprint: Blueprint, weights: str, scanned: bool) -> nnx.Module:
-    """A layer, or several stacked ones, with other experts; all shapes, no values."""
-    before, state = nnx.split(layer)
-    after: Any = None
-
-    def change(state: nnx.State) -> nnx.State:
-        nonlocal after
-        changed = nnx.merge(before, state)
-        for _, module in nnx.iter_modules(changed):
-            if isinstance(module, MoELayer):
-                module.quantize_experts(_DTYPES[weights], tensor=blueprint.shape.tensor)
-                break
-        after, state = nnx.split(changed)
-        return state
-
-    made = jax.eval_shape(jax.vmap(change) if scanned else change, state)
-    if scanned:
-        # The other variables know already that they are stacked.
-        made = lead_specs(made, QuantizedWeight)
-    return nnx.merge(after, made)

@@ -33,6 +33,14 @@ class PlacementChoice:
     every: int = 1000
     folder: str = ""
 
+    def slots(self, devices: int) -> int:
+        """S, of each of so many devices."""
+        slots_LP = self.slots_LP
+        if slots_LP is None:
+            assert self.planner is not None
+            slots_LP = self.planner.slots_LP
+        return slots_LP.shape[1] // devices
+
 
 def choose_placement(
     placement: str,

@@ -11,6 +11,7 @@ of experts: texts under way go on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -35,6 +36,7 @@ from moejax.placement.resident import make_resident, resident_blueprint
 from moejax.placement.statistics import Statistics
 from moejax.training.files import disk_errors
 from moejax.training.metrics import MetricsLog
+from sharding.mesh import in_turn
 
 __all__ = ["LAYERS_PER_STEP", "ServingPlacement"]
 
@@ -42,6 +44,7 @@ LAYERS_PER_STEP = 2
 """Layers that are carried between two steps: a text waits for no more."""
 
 _KEPT = 0.5  # of the counts, after a look that planned
+_PATIENCE = 5.0  # seconds that an end waits for the layers being planned
 _MORE = "more texts or a larger --rebalance-every bring more"
 
 
@@ -77,11 +80,8 @@ class ServingPlacement:
     ):
         self._mesh, self._devices = blueprint.mesh, blueprint.shape.expert
         self._experts: int = blueprint.config.moe.router.num_experts
-        self._planner, self._every, self._tell = choice.planner, choice.every, tell
+        self._planner, self._every, self._line = choice.planner, choice.every, tell
         self._most = layers_per_step
-        # As in the engine: fake devices run one program at a time.
-        cpu = self._mesh.devices.flat[0].platform == "cpu"
-        self._one_at_a_time = cpu and self._mesh.size > 1
         target_LP, replicas = self._beginning(choice)
         layers, slots = len(target_LP), target_LP.shape[1] // self._devices
         home_LP = np.tile(slots_at_home(self._experts, self._devices, slots), (layers, 1))
@@ -107,6 +107,7 @@ class ServingPlacement:
             with disk_errors(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._log = MetricsLog(self._folder / "placement.jsonl")
+            self._log.append({"step": 0, "kind": "start"})  # a folder may be used again
         self.counters: Counts | None = None
         self.reset()
         if self.counters is not None:
@@ -176,12 +177,20 @@ class ServingPlacement:
         """Ends the planning, and writes and draws what it led to; when no step comes any more."""
         if self._planner is None:
             return
-        self._planner.stop()
-        if self._folder is not None:
+        ended = self._planner.stop(_PATIENCE)
+        if self._folder is not None and ended:
             try:
                 self._history.finish(self._folder / "placement.png", self._target_LP)
             except UserError as error:
                 self._tell(f"placement: {error}")
+        self._close_log()
+
+    def _tell(self, line: str) -> None:
+        """A line; whoever reads them may be gone, which is no reason to serve no more."""
+        with contextlib.suppress(OSError, ValueError):
+            self._line(line)
+
+    def _close_log(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -197,10 +206,8 @@ class ServingPlacement:
     def _look(self, planner: BackgroundPlanner) -> None:
         """Begins to plan from what was counted; the devices bring it when they get to it."""
         assert self.counters is not None
-        self._looked, self._looking = self._steps, True
-        reading = begin_reading(self.counters, self._mesh)
-        if self._one_at_a_time:
-            jax.block_until_ready(reading)
+        self._looked = self._steps
+        reading = in_turn(self._mesh, begin_reading(self.counters, self._mesh))
         counts: list[Counts] = []
 
         def read() -> Statistics:
@@ -209,7 +216,7 @@ class ServingPlacement:
             return Statistics(total.pairs_LEE, total.load_LE, total.tokens_L)
 
         done = partial(self._note_look, self._steps, self._present_LP, counts)
-        planner.begin(read, done)
+        self._looking = planner.begin(read, done)
 
     def _note_look(
         self,
@@ -225,8 +232,12 @@ class ServingPlacement:
             self._tell(f"step {step}: placement: {in_words(told, _MORE)}")
         self._told = told.kind if told.kind == "waits" else ""
         self._history.looked(step, slots_LP, statistics.pairs_LEE, statistics.load_LE, counts[0])
-        if self._log is not None:
-            self._log.append({"step": step, **asdict(told)})
+        try:
+            if self._log is not None:
+                self._log.append({"step": step, **asdict(told)})
+        except UserError as error:  # a full disk
+            self._close_log()
+            self._tell(f"placement: nothing more is logged: {error}")
 
     def _carry(self) -> None:
         """Moves the layers that wait longest, and the arrays that say where they are."""
@@ -245,9 +256,7 @@ class ServingPlacement:
 
     def _fade(self) -> None:
         assert self.counters is not None
-        self.counters = fade(self.counters, self._mesh, _KEPT)
-        if self._one_at_a_time:
-            jax.block_until_ready(self.counters)
+        self.counters = in_turn(self._mesh, fade(self.counters, self._mesh, _KEPT))
 
     def _on_devices(self, arrays: Placement) -> Placement:
         return jax.device_put(arrays, NamedSharding(self._mesh, P()))

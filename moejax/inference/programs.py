@@ -12,9 +12,7 @@ what the devices answer as one: a transfer for each small array would take longe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,26 +24,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.inference import exchange_choice
+from moejax.inference.compiling import compile_together
 from moejax.inference.drawing import Drawn, Level, choose
 from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
 from moejax.inference.params import MAX_LOGPROBS
 from moejax.inference.placing import ServingPlacement
-from moejax.inference.row_choice import EMPTY_CHOICE, RowChoice, pack, unpack
 from moejax.inference.scheduler import Plan
 from moejax.inference.shapes import Shape
+from moejax.inference.step_rows import COLUMNS, choices_of, pages_and_tokens, rows_of, write_rows
 from moejax.inference.texts import Text
 from moejax.model.cache import KVCache, LayerCache, init_pages, page_specs
 from moejax.placement import counting
 from moejax.training.state import Blueprint
 from sharding.collectives import all_gather
-from sharding.mesh import TENSOR, TOKEN_AXES
+from sharding.mesh import TENSOR, TOKEN_AXES, in_turn
 from sharding.specs import specs_of
 
 __all__ = ["Programs"]
-
-_MOST_COMPILERS = 8
-_STEP_COLUMNS = 3  # count, length, slot
-_NO_CHOICE_1F = pack(EMPTY_CHOICE)
 
 
 @dataclass(frozen=True)
@@ -111,9 +106,6 @@ class Programs:
         self._slots = slots
         self._devices = blueprint.shape.data * blueprint.shape.expert
         self._top = min(MAX_LOGPROBS, config.padded_vocab)
-        # Fake devices share one pool of threads, in which two programs under way may wait for
-        # each other.
-        self._one_at_a_time = mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
         by_row = P(TOKEN_AXES, None)
         self._rows = NamedSharding(mesh, by_row)
         total = self._devices * pages
@@ -205,33 +197,8 @@ class Programs:
     def run(self, plan: Plan) -> Drawn:
         """Starts a step; what it draws can be read when it has ended."""
         self._remember_prompts(plan)
-        shape = plan.shape
-        count = self._devices * shape.rows
-        rows_BW = np.zeros((count, _STEP_COLUMNS), np.int32)
-        rows_BW[:, 2] = self._slots  # none
-        choice_BF = np.repeat(_NO_CHOICE_1F, count, axis=0)
-        table_BN = np.full((count, shape.pages), -1, np.int32)
-        tokens_BS = np.zeros((count, shape.tokens), np.int32)
-        level = Level.GREEDY
-        for device, works in enumerate(plan.rows):
-            for row, work in enumerate(works, device * shape.rows):
-                text = work.text
-                rows_BW[row] = (
-                    work.count,
-                    work.start,
-                    text.slot if work.draws else self._slots,
-                )
-                if work.draws:
-                    level = max(level, text.level)
-                choice_BF[row] = text.row
-                pages = text.pages[: shape.pages]
-                table_BN[row, : len(pages)] = pages
-                if shape.tokens:
-                    piece = text.tokens[work.start : work.start + work.count]
-                    tokens_BS[row, : work.count] = piece
-        rows_BF = np.concatenate([rows_BW, choice_BF], axis=1)
-        where_BW = np.concatenate([table_BN, tokens_BS], axis=1)
-        return self._start(rows_BF, where_BW, shape, level)
+        rows = write_rows(plan, self._devices, self._slots)
+        return self._start(rows.rows_BF, rows.where_BW, plan.shape, rows.level)
 
     def compile_all(
         self,
@@ -244,16 +211,11 @@ class Programs:
         rows = sorted({shape.rows for shape in shapes})
         wanted += [_Drawing(n, level) for n in rows for level in levels]
         missing = [key for key in wanted if key not in self._compiled]
-        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_COMPILERS))
-        try:
-            # Tracing keeps to this thread: one at a time is all that Python can.
-            futures = {pool.submit(self._lower(key).compile): key for key in missing}
-            for done, future in enumerate(as_completed(futures), 1):
-                self._compiled[futures[future]] = future.result()
-                if report is not None:
-                    report(done, len(missing))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        lowered = ((key, self._lower(key)) for key in missing)
+        for done, (key, program) in enumerate(compile_together(lowered), 1):
+            self._compiled[key] = program.result()
+            if report is not None:
+                report(done, len(missing))
         return len(missing)
 
     def _forward(self, shape: Shape) -> _Forward:
@@ -266,7 +228,7 @@ class Programs:
             shape = (self._devices * key.rows, columns)
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._rows)
 
-        rows = of(_STEP_COLUMNS + _NO_CHOICE_1F.shape[1], jnp.int32)
+        rows = of(COLUMNS, jnp.int32)
         if isinstance(key, _Drawing):
             logits = of(self._blueprint.config.padded_vocab, jnp.float32)
             return self._jitted_draw.lower(logits, self._history_RM, rows, level=key.level)
@@ -289,12 +251,10 @@ class Programs:
         self._layers, logits, counters = step(*state, rows, where, *self._placed)
         if self._placing is not None:
             self._placing.counted(counters)
-        if self._one_at_a_time:
-            jax.block_until_ready(logits)
+        logits = in_turn(self._blueprint.mesh, logits)
         self._history_RM, drawn = draw(logits, self._history_RM, rows)
         drawn.copy_to_host_async()
-        if self._one_at_a_time:
-            jax.block_until_ready(self._history_RM)
+        in_turn(self._blueprint.mesh, self._history_RM)
         return Drawn(drawn, self._top)
 
     def _remember_prompts(self, plan: Plan) -> None:
@@ -326,12 +286,9 @@ class Programs:
         counters: counting.Counts | None = None,
     ) -> tuple[dict[str, LayerCache], jax.Array, counting.Counts | None]:
         """Appends tokens to each row; inside the shard_map. The pages, logits [B, V], counters."""
-        count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
-        pages = key.shape.pages
-        table_BN = where_BW[:, :pages]
-        if key.shape.tokens:
-            tokens_BS = where_BW[:, pages:]
-        else:
+        count_B, length_B, slot_B = rows_of(rows_BF)
+        table_BN, tokens_BS = pages_and_tokens(where_BW, key.shape)
+        if tokens_BS is None:
             # The token drawn last, which the host may not know yet.
             at = history_RM.at[slot_B, length_B]
             tokens_BS = at.get(mode="fill", fill_value=0)[:, None]
@@ -360,8 +317,8 @@ class Programs:
         self, level: Level, logits_BV: jax.Array, history_RM: jax.Array, rows_BF: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Draws a token for each row; inside the shard_map. The histories, and `Drawn.packed`."""
-        count_B, length_B, slot_B = (rows_BF[:, i] for i in range(_STEP_COLUMNS))
-        choice: RowChoice = unpack(rows_BF[:, _STEP_COLUMNS:], EMPTY_CHOICE)
+        count_B, length_B, slot_B = rows_of(rows_BF)
+        choice = choices_of(rows_BF)
         length_B = length_B + count_B
         token_B, drawn_BW = choose(
             level,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import jax
 from flax import nnx
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import LayerConfig, ModelConfig
 
-__all__ = ["LayerGroup", "layer_groups", "lead_specs", "stack_states"]
+__all__ = ["LayerGroup", "change_blocks", "layer_groups", "lead_specs", "stack_states"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,34 @@ def lead_specs(state: nnx.State, kind: type[nnx.Variable] = nnx.Variable) -> nnx
         return variable.replace(spec=P(None, *spec))
 
     return nnx.from_flat_state([(path, lead(v)) for path, v in nnx.to_flat_state(state)])
+
+
+def change_blocks(
+    model: Any,
+    groups: Iterable[LayerGroup],
+    change: Callable[[Any], None],
+    new: type[nnx.Variable] | None = None,
+) -> None:
+    """Changes the layers of some groups, stacked or not; of shapes alone, no value is computed.
+
+    Args:
+        model: with `layers` by the groups' names, of shapes.
+        groups: which of them.
+        change: of one layer, in place.
+        new: kind of the variables that it makes anew; others know already that they are stacked.
+    """
+    for group in groups:
+        before, state = nnx.split(model.layers[group.name])
+        after: Any = None
+
+        def changed(state: nnx.State, before: Any = before) -> nnx.State:
+            nonlocal after
+            block = nnx.merge(before, state)
+            change(block)
+            after, state = nnx.split(block)
+            return state
+
+        made = jax.eval_shape(jax.vmap(changed) if group.scanned else changed, state)
+        if group.scanned and new is not None:
+            made = lead_specs(made, new)
+        model.layers[group.name] = nnx.merge(after, made)

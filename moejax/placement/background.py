@@ -56,7 +56,6 @@ class BackgroundPlanner:
             Controller(num_experts, part.stop - part.start, devices, hosts=hosts, replicas=replicas)
             for part in self._parts
         ]
-        self.topology = self._controllers[0].topology
         self.max_replicas: int = self._controllers[0].max_replicas
         """R, which never changes."""
         self.failure: BaseException | None = None
@@ -64,6 +63,7 @@ class BackgroundPlanner:
         self._news: queue.SimpleQueue[LayerPlan | Rebalance] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._looks = False  # from `begin` until `take` has handed out what it led to
 
     @property
     def slots_LP(self) -> np.ndarray:
@@ -77,20 +77,27 @@ class BackgroundPlanner:
 
     def begin(
         self, read: Callable[[], Statistics], done: Callable[[Statistics, Rebalance], None]
-    ) -> None:
-        """Starts a look at the traffic; nothing where one goes on, or planning has ended.
+    ) -> bool:
+        """Starts a look at the traffic, unless one goes on or is not taken yet, or planning ended.
 
         Args:
             read: gives what was counted of all layers; called in the planner's thread.
             done: gets it, and what the look led to, of all layers; likewise. An exception of
                 either ends the planning.
+
+        Returns:
+            whether it has started.
         """
-        if self.busy or self.failure is not None or self._stopping.is_set():
-            return
+        if self._looks or self.failure is not None or self._stopping.is_set():
+            return False
+        if self._thread is not None:
+            self._thread.join()  # it has said all, and need only end
+        self._looks = True
         self._thread = threading.Thread(
             target=self._run, args=(read, done), name="moejax-planner", daemon=True
         )
         self._thread.start()
+        return True
 
     def take(self) -> tuple[list[LayerPlan], Rebalance | None]:
         """What is new: layers whose plan has changed, and what a look led to when it has ended."""
@@ -98,15 +105,25 @@ class BackgroundPlanner:
         while not self._news.empty():
             one = self._news.get()
             if isinstance(one, Rebalance):
+                self._looks = False
                 return layers, one
             layers.append(one)
         return layers, None
 
-    def stop(self) -> None:
-        """Ends the thread, after the few layers that are being planned."""
+    def stop(self, seconds: float) -> bool:
+        """Ends the thread, after the few layers that are being planned.
+
+        Args:
+            seconds: to wait for that; a thread that takes longer ends with the process.
+
+        Returns:
+            whether it has ended.
+        """
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(
         self, read: Callable[[], Statistics], done: Callable[[Statistics, Rebalance], None]

@@ -64,7 +64,7 @@ def place(
     host that it goes to anyway; else where most of its other experts could join, dealt in turn
     among equals. Then devices above `LOAD_PERCENT` of the batch's mean load hand assignments to
     other replicas, as far as these can take them, first those that cost no further row.
-    The batch is that of all devices along `expert`; one sum over them is all that travels.
+    The batch is that of all devices along `expert`; sums over them are all that travels.
     With one replica of each expert (R = 1) this is a table look-up.
 
     Args:

@@ -24,7 +24,7 @@ from moejax.errors import UserError
 from moejax.placement.moves import carry_out, make_moves
 from moejax.placement.resident import is_resident
 from sharding import collectives
-from sharding.mesh import EXPERT
+from sharding.mesh import EXPERT, in_turn
 
 __all__ = ["Migrator", "choose_sources", "migrate"]
 
@@ -128,10 +128,6 @@ class Migrator:
                 "moejax.placement.resident"
             )
         (self._slots,) = sizes  # of all devices: G·S
-        # Fake devices share one pool of threads, in which two programs under way may wait for
-        # each other.
-        mesh = blueprint.mesh
-        self._one_at_a_time = mesh.devices.flat[0].platform == "cpu" and mesh.size > 1
         self._programs: dict[Any, Any] = {}
 
     def move(
@@ -197,8 +193,7 @@ class Migrator:
         program = self._program(tuple(map(_spec, banks)))
         values = tuple(bank.get_value() for bank in banks)
         moved = program(values, np.int32(index or 0), old_P, new_P)
-        if self._one_at_a_time:
-            jax.block_until_ready(moved)
+        moved = in_turn(self._blueprint.mesh, moved)
         for path, bank, value in zip(self._paths[name], banks, moved, strict=True):
             variables[path] = bank.replace(value)
 

@@ -7,7 +7,6 @@ call only reads them. Resident weights are in no logical order, so nothing can b
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -18,9 +17,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.errors import UserError
+from moejax.model.groups import change_blocks
 from moejax.placement.arrays import Placement
 from moejax.placement.fetch import fetch
-from moejax.routing.bias import RouterBias
 from sharding import collectives
 from sharding.mesh import EXPERT
 
@@ -115,23 +114,8 @@ def resident_blueprint(blueprint: Any, slots: int) -> Any:
     if not groups:
         raise UserError(f"make_resident with slots={slots}: the model has no experts; leave it out")
     model: Any = blueprint.merge(blueprint.params, blueprint.biases)
-    for group in groups:
-        before, state = nnx.split(model.layers[group.name])
-        after: Any = None
-
-        def change(state: nnx.State, before: Any = before) -> nnx.State:
-            nonlocal after
-            block: Any = nnx.merge(before, state)
-            block.moe.bank.make_resident(slots)
-            after, state = nnx.split(block)
-            return state
-
-        made = jax.eval_shape(jax.vmap(change) if group.scanned else change, state)
-        model.layers[group.name] = nnx.merge(after, made)
-    wide = copy.copy(blueprint)
-    # Whatever the banks hold is a parameter here, 8-bit values like others.
-    wide.graph, wide.biases, wide.params = nnx.split(model, RouterBias, ...)  # type: ignore[misc]
-    return wide
+    change_blocks(model, groups, lambda block: block.moe.bank.make_resident(slots))
+    return blueprint.around(model)
 
 
 def make_resident(params: Any, blueprint: Any, wide: Any) -> Any:

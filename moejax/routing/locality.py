@@ -26,7 +26,15 @@ from moejax.routing.choice import only_order_counts, selection_scores
 from sharding import collectives
 from sharding.mesh import EXPERT
 
-__all__ = ["Reach", "device_distances", "distances", "log_scale", "reach_of", "scaled_selection"]
+__all__ = [
+    "Reach",
+    "check_room",
+    "device_distances",
+    "distances",
+    "log_scale",
+    "reach_of",
+    "scaled_selection",
+]
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,7 @@ def reach_of(
     """
     host_G = _numbered(hosts, devices)
     slots_P = slots_at_home(num_experts, devices) if placement is None else placement.slot_expert_P
-    _check_room("max_devices", config.max_devices, range(devices), slots_P, top_k)
-    _check_room("max_hosts", config.max_hosts, host_G, slots_P, top_k)
+    check_room(config, top_k, slots_P, host_G)
     return Reach(
         config,
         distances(placement, num_experts, devices, hosts),
@@ -87,6 +94,25 @@ def _numbered(hosts: Sequence[int] | None, devices: int) -> tuple[int, ...]:
     return tuple(np.unique(np.asarray(hosts), return_inverse=True)[1].tolist())
 
 
+def check_room(
+    config: LocalityConfig, top_k: int, slots_P: jax.Array | np.ndarray, hosts: Sequence[int]
+) -> None:
+    """Refuses limits whose devices or hosts have too few slots, as far as shapes tell.
+
+    Args:
+        config: its limits are read.
+        top_k: K.
+        slots_P: int32 [G·S], −1 for a slot that stays empty; of an array of JAX only the shape
+            counts.
+        hosts: the host of each device, numbered from 0.
+
+    Raises:
+        UserError: K experts have no room on as many devices or hosts as a token may use.
+    """
+    _check_room("max_devices", config.max_devices, range(len(hosts)), slots_P, top_k)
+    _check_room("max_hosts", config.max_hosts, hosts, slots_P, top_k)
+
+
 def _check_room(
     name: str,
     limit: int | None,
@@ -94,7 +120,6 @@ def _check_room(
     slots_P: jax.Array | np.ndarray,
     top_k: int,
 ) -> None:
-    """Refuses a limit whose devices or hosts have too few slots, as far as shapes tell."""
     if limit is None:
         return
     # Of a placement that changes while it runs only the number of slots is known.

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineFlags", "ModelFlags"]
 
+REBALANCE_EVERY = 1000
+
 
 @dataclass(frozen=True)
 class ModelFlags:
@@ -25,6 +27,8 @@ class ModelFlags:
         dtype: of the computation; `auto` is float32 on a CPU and the model's own elsewhere.
         expert_weights: keep the experts' weights in 8 bits, about half the memory of bfloat16;
             changes the text a little.
+        locality: `off`: routing does not look at where experts are, whatever the model's
+            configuration says.
         locality_penalty: scales probabilities of experts on other devices by 1 − this for the
             choice: less is sent, and the text changes. None: as the model's configuration says,
             also of the next three.
@@ -39,6 +43,7 @@ class ModelFlags:
     devices: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     expert_weights: Literal["none", "int8", "fp8"] = "none"
+    locality: Literal["model", "off"] = "model"
     locality_penalty: float | None = None
     locality_host_penalty: float | None = None
     local_threshold: float | None = None
@@ -80,7 +85,7 @@ class EngineFlags(ModelFlags):
     decode_exchange: Literal["auto", "config", "ring", "all_to_all", "remote"] = "auto"
     placement: str = "home"
     replicas: int = 0
-    rebalance_every: int = 1000
+    rebalance_every: int = REBALANCE_EVERY
     placement_log: str = ""
 
     def __post_init__(self) -> None:
@@ -107,7 +112,12 @@ class EngineFlags(ModelFlags):
                 f"--replicas {self.replicas} --rebalance-every {self.rebalance_every}: must be at "
                 "least 0 and 1"
             )
-        only = {"--replicas": self.replicas, "--placement-log": self.placement_log}
+        every = self.rebalance_every if self.rebalance_every != REBALANCE_EVERY else 0
+        only = {
+            "--replicas": self.replicas,
+            "--rebalance-every": every,
+            "--placement-log": self.placement_log,
+        }
         for name, value in only.items():
             if value and self.placement != "auto":
                 raise UserError(

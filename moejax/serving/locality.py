@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from moejax.errors import UserError
 from moejax.locality_config import LocalityConfig
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from moejax.serving.flags import ModelFlags
     from sharding.mesh import MeshShape
 
-__all__ = ["check_deterministic", "with_locality"]
+__all__ = ["check_deterministic", "check_limits", "with_locality"]
 
 _FIELDS = {
     "locality_penalty": "device_penalty",
@@ -32,10 +34,15 @@ def with_locality(source: ModelSource, flags: ModelFlags) -> ModelSource:
     """
     values = {flag: getattr(flags, flag) for flag in _FIELDS}
     values = {flag: value for flag, value in values.items() if value is not None}
-    if not values:
-        return source
     told = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in values.items())
     config = source.config
+    if flags.locality == "off":
+        if values:
+            raise UserError(f"--locality off with {told}: leave one of them out")
+        moe = dataclasses.replace(config.moe, locality=LocalityConfig())
+        return dataclasses.replace(source, config=dataclasses.replace(config, moe=moe))
+    if not values:
+        return source
     if not any(layer.moe is not None for layer in config.layers()):
         raise UserError(f"{told}: the model has no experts; leave the flags out")
     try:
@@ -56,6 +63,44 @@ def check_deterministic(model: ModelConfig, shape: MeshShape, deterministic: boo
     if deterministic and model.moe.locality.active and shape.expert > 1:
         raise UserError(
             f"--deterministic with expert={shape.expert} and a model that prefers near experts: "
-            "what a text gets depends on its device, and that on the other texts; set "
-            "--locality-penalty 0 and the like, use one device, or leave --deterministic out"
+            "what a text gets depends on its device, and that on the other texts; take "
+            "--locality off, use one device, or leave --deterministic out"
         )
+
+
+def check_limits(model: ModelConfig, shape: MeshShape, slots: int | None) -> list[str]:
+    """Refuses limits that leave a token too few experts, and tells what changes nothing.
+
+    Args:
+        model: with the flags' fields.
+        shape: of the mesh.
+        slots: of a device; None: as many as home needs.
+
+    Returns:
+        lines for the user.
+
+    Raises:
+        UserError: the limited devices or hosts have too few slots.
+    """
+    from moejax.layer import hosts_along_experts
+    from moejax.placement.arrays import slots_at_home
+    from moejax.routing.locality import check_room
+
+    locality, devices = model.moe.locality, shape.expert
+    if not locality.active or not any(layer.moe is not None for layer in model.layers()):
+        return []
+    if devices == 1:
+        return ["routing prefers near experts, and on expert=1 all are near: nothing changes"]
+    hosts = hosts_along_experts(model.moe, devices, None) or (0,) * devices
+    slots_P = slots_at_home(model.moe.router.num_experts, devices)
+    if slots is not None:
+        slots_P = np.zeros(slots * devices, np.int32)
+    for layer in model.layers():
+        if layer.moe is not None:
+            check_room(locality, layer.moe.router.top_k, slots_P, hosts)
+    lines = []
+    if locality.max_devices is not None and locality.max_devices >= devices:
+        lines.append(f"max_devices={locality.max_devices} of expert={devices}: limits nothing")
+    if locality.host_penalty > locality.device_penalty and len(set(hosts)) == 1:
+        lines.append(f"host_penalty={locality.host_penalty}: all devices are on one host")
+    return lines

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejax.progress import NowAndThen
 from moejax.serving.flags import EngineFlags, ModelFlags
-from moejax.serving.locality import check_deterministic, with_locality
+from moejax.serving.locality import check_deterministic, check_limits, with_locality
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -129,6 +129,9 @@ def make_engine(
         folder=flags.placement_log,
         deterministic=settings.deterministic,
     )
+    slots = None if placement is None else placement.slots(shape.expert)
+    for line in check_limits(source.config, shape, slots):
+        note(line)
     blueprint, params, biases = load_model(source, shape, flags.dtype, flags.expert_weights)
     placing = None
     if placement is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,13 @@ class Blueprint:
     def merge(self, params: Any, biases: Any) -> Decoder:
         """The model around (local) weights."""
         return nnx.merge(self.graph, params, biases)
+
+    def around(self, model: Decoder) -> Blueprint:
+        """The same blueprint for another model, of shapes; for inference, it has no `storage`."""
+        other = copy.copy(self)
+        # Whatever it holds beside biases is a parameter, 8-bit values like others.
+        other.graph, other.biases, other.params = nnx.split(model, RouterBias, ...)  # type: ignore[misc]
+        return other
 
     def make(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
         """Fresh global weights and biases from a key."""
