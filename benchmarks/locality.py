@@ -4,8 +4,8 @@
     JAX_PLATFORMS=cpu python benchmarks/locality.py --tiny --name try
 
 Writes benchmarks/results/locality.json; `python docs/draw_locality.py` draws it. The model runs in
-float32 over 8 devices along `expert`, a window of one document on each, documents dealt in turn;
-what is sent is counted by the layer. Held out are 5 % of the standard library, at most `--windows`
+float32 over 8 devices along `expert`, a window on each, windows dealt in turn; the layer counts
+what is sent, and where it is served. Held out are 5 % of the standard library, at most `--windows`
 windows of `--window` tokens of a document; experts are placed by other documents, and copies fill
 two further slots of each device. `loss_increase` and its standard error over documents compare with
 contiguous placement and routing that knows nothing of places: of the weights as they are, and of
@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,15 @@ from moejax.cli import run_main
 DEVICES = 8
 TUNED_PENALTY = 0.3
 SEQ_LEN = 256  # tokens of a window of training
+NAME = "locality"
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; None: those of this process."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `command` looks for --keep
     )
     parser.add_argument("--windows", type=int, default=2, help="of a held-out document, at most")
     parser.add_argument("--window", type=int, default=512, help="tokens of one")
@@ -42,11 +48,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tune", type=int, nargs="*", default=[3, 2], help="at most M devices")
     parser.add_argument("--keep", type=Path, help="a folder for trained weights, taken from there")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: few windows, one step")
-    parser.add_argument("--name", default="locality")
-    args = parser.parse_args()
+    parser.add_argument("--name", default=NAME, help="of the results")
+    args = parser.parse_args(words)
     if args.tiny:
+        if args.name == NAME:
+            parser.error(f"--tiny would write over the results of {NAME}: give another --name")
         args.windows, args.window, args.steps, args.tune = 1, 64, 1, [2]
     return args
+
+
+def command(words: Sequence[str]) -> str:
+    """The command that a results file names: all arguments but --keep, which saves only time."""
+    left, skip = [], False
+    for word in words:
+        if not (skip or word == "--keep" or word.startswith("--keep=")):
+            left.append(word)
+        skip = word == "--keep"
+    return shlex.join(["python", "benchmarks/locality.py", *left])
 
 
 def untrained() -> list[tuple[Any, tuple[str, ...]]]:
@@ -75,7 +93,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         from moejax.data.pipeline import TokenDataset, tokenize
-        from moejax.placement.sweep import SweepConfig
+        from moejax.placement.sweep_config import SweepConfig
         from moejax.placement.sweep_texts import open_texts, prepare
 
         config = SweepConfig(devices=DEVICES, window=args.window, windows=args.windows)
@@ -88,9 +106,7 @@ class Bench:
         self.sweep, self.flat = prepare(config, source, judged, planned, print)
         self.texts = TokenDataset(tokenize(planned, source.need_tokenizer()), SEQ_LEN, seed=0)
         self.rows: list[dict[str, Any]] = []
-        # A folder of weights changes nothing but the time.
-        words = "" if args.name == "locality" else " ".join(sys.argv[1:])
-        self.command = f"python benchmarks/locality.py {words}".rstrip()
+        self.command = command(sys.argv[1:])
 
     def add(self, rows: Any) -> None:
         """Keeps, prints and writes rows."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,12 @@ def tuned(
         ),
         steps=steps,
     )
-    slots = b"" if placement is None else np.asarray(placement.slot_expert_P).tobytes()
-    how = (model.moe.locality, batch, seq_len, steps, LEARNING_RATE, WARMUP)
-    key = repr(how).encode() + slots
-    found = None if keep is None else keep / f"{hashlib.sha256(key).hexdigest()[:16]}.npz"
+    found = None
+    if keep is not None:
+        slots = None if placement is None else np.asarray(placement.slot_expert_P)
+        # The configuration is of the model too: routing, and precision.
+        name = key(config, flat, (texts.batch(i, batch) for i in range(steps)), slots)
+        found = keep / f"{name}.npz"
     if found is not None and found.is_file():
         with np.load(found) as arrays:
             return dict(arrays)
@@ -92,3 +95,23 @@ def tuned(
         found.parent.mkdir(parents=True, exist_ok=True)
         np.savez(found, **weights)
     return weights
+
+
+def key(config: Any, flat: dict[str, Any], batches: Iterable[Any], slots: np.ndarray | None) -> str:
+    """A short name of all that decides what weights a training ends with.
+
+    Args:
+        config: of the training, a dataclass; its model included.
+        flat: the weights to begin with.
+        batches: its tokens.
+        slots: of the placement.
+    """
+    found = hashlib.sha256(repr(config).encode())
+    arrays = [(name, flat[name]) for name in sorted(flat)]
+    arrays += [("batch", batch) for batch in batches]
+    arrays += [] if slots is None else [("slots", slots)]
+    for name, value in arrays:
+        array = np.ascontiguousarray(value)
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()[:16]

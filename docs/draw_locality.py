@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moejax.placement.frontier import recommend
 from moejax.placement.frontier_picture import draw_frontier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,29 +24,32 @@ Rows = list[dict[str, Any]]
 
 
 def series(rows: Rows) -> list[tuple[str, Rows]]:
-    """The lines: penalties, and limits of devices, by placement and training."""
-    lines = []
-    kind = [r for r in rows if r["weights"] == "plain" and r["local_threshold"] is None]
-    plain = [r for r in kind if r["training"] == "none"]
-    for name in dict.fromkeys(row["placement"] for row in rows):
-        mine = [r for r in plain if r["placement"] == name]
-        lines.append((f"{name}, penalties", [r for r in mine if r["max_devices"] is None]))
-        lines.append((f"{name}, at most M devices", [r for r in mine if not r["penalty"]]))
-    for limit in dict.fromkeys(r["max_devices"] for r in plain if r["penalty"]):
-        both = [r for r in plain if r["placement"] == "copies" and r["max_devices"] == limit]
-        if limit is not None:
-            lines.append((f"copies, at most {limit} and penalties", both))
+    """The settings by placement, and those of training against the same without such routing."""
+    plain = [row for row in rows if row["training"] == "none"]
+    found = [
+        (name, [row for row in plain if row["placement"] == name])
+        for name in dict.fromkeys(row["placement"] for row in plain)
+    ]
     trained = [
         {
             **row,
             "loss_increase": row["loss_increase_tuned"],
             "loss_increase_error": row["loss_increase_tuned_error"],
         }
-        for row in kind
+        for row in rows
         if row["training"] == "finetuned" and row["trained_max_devices"]
     ]
-    lines.append(("copies trained so, against training without", trained))
-    return [(title, found) for title, found in lines if found]
+    if trained:
+        found.append(("copies, trained so, against training without", trained))
+    return found
+
+
+def recommended(rows: Rows) -> Rows:
+    """Of the weights as they are, the setting with least traffic within the loss of each aim."""
+    plain = [row for row in rows if row["training"] == "none"]
+    points = [(row["remote_sends"], row["loss_increase"]) for row in plain]
+    best = [recommend(points, loss) for _, loss in AIMS]
+    return [plain[i] for i in best if i is not None]
 
 
 def main() -> int:
@@ -53,7 +57,8 @@ def main() -> int:
     if not RESULT.is_file():
         print(f"{RESULT}: not there; run benchmarks/locality.py")
         return 1
-    draw_frontier(PICTURE, series(json.loads(RESULT.read_text())["rows"]), AIMS, "svg", MOST)
+    rows = json.loads(RESULT.read_text())["rows"]
+    draw_frontier(PICTURE, series(rows), AIMS, recommended(rows), MOST)
     return 0
 
 

@@ -47,7 +47,7 @@ def locality(result: dict[str, Any]) -> Table:
                 _sends(row),
                 _increase(row, "loss_increase"),
                 f"{row['score_mass_kept']:.3f}",
-                _or_dash(row["load_max_mean"], ".2f"),
+                f"{row['load_max_mean']:.2f}",
             ]
         )
         before = row["placement"]
@@ -72,11 +72,12 @@ def locality_trained(result: dict[str, Any]) -> Table:
                 _increase(row, "loss_increase"),
                 _increase(row, "loss_increase_tuned"),
                 f"{row['score_mass_kept']:.3f}",
+                f"{row['load_max_mean']:.2f}",
             ]
         )
     headings = ["trained with", "placement", "penalty", "at most", "remote sends"]
     headings += ["loss, against the model as it was", "against training without"]
-    return [*headings, "score mass kept"], body
+    return [*headings, "score mass kept", "load"], body
 
 
 def _locality_setting(row: dict[str, Any]) -> list[str]:

@@ -57,6 +57,9 @@ class MoEAux:
         where `MoELayer.report_experts` asks for them.
     kept: float32 [], the share of its score mass that a token keeps under `MoEConfig.locality`,
         summed over tokens; None where that is off. See `moejax.routing.near.mass_kept`.
+    slots_TK: int32 [T, K'], the slots that serve the tokens, in order, of all devices along
+        `expert`: slot p is on device p // S. After any drop, −1 for none; where
+        `MoELayer.report_slots` asks for them.
     """
 
     losses: RouterLosses
@@ -67,32 +70,38 @@ class MoEAux:
     moments: RowMoments | None = None
     experts_TK: Int32[Array, "T2 K2"] | None = None
     kept: Float32[Array, ""] | None = None
+    slots_TK: Int32[Array, "T K2"] | None = None
 
     def over_devices(self) -> MoEAux:
         """The same of all devices together, inside the shard_map; no gradient.
 
-        `experts_TK` stays this device's.
+        `experts_TK` and `slots_TK` stay this device's.
         """
         counters = over_devices(self.counters, TOKEN_AXES)
-        total = psum_statistics(replace(self, experts_TK=None), TOKEN_AXES)
-        return replace(total, counters=counters, experts_TK=self.experts_TK)
+        total = psum_statistics(replace(self, experts_TK=None, slots_TK=None), TOKEN_AXES)
+        return replace(total, counters=counters, experts_TK=self.experts_TK, slots_TK=self.slots_TK)
 
     def summed(self) -> MoEAux:
         """Summed over a leading dimension (microbatches) of [A, L, …]; waves are the largest.
 
-        Tokens of `experts_TK` come behind each other.
+        Tokens of `experts_TK` and `slots_TK` come behind each other.
         """
         total = jax.tree.map(
-            lambda a: jnp.sum(a, axis=0, dtype=a.dtype), replace(self, experts_TK=None)
+            lambda a: jnp.sum(a, axis=0, dtype=a.dtype),
+            replace(self, experts_TK=None, slots_TK=None),
         )
-        waves = jnp.max(self.counters.waves, axis=0)
-        experts_TK = self.experts_TK
-        if experts_TK is not None:
-            experts_LATK = jnp.moveaxis(experts_TK, 0, 1)
-            layers, _, _, columns = experts_LATK.shape
-            experts_TK = experts_LATK.reshape(layers, -1, columns)
-        counters = replace(total.counters, waves=waves)
-        return replace(total, counters=counters, experts_TK=experts_TK)
+        counters = replace(total.counters, waves=jnp.max(self.counters.waves, axis=0))
+        experts_TK, slots_TK = _in_a_row(self.experts_TK), _in_a_row(self.slots_TK)
+        return replace(total, counters=counters, experts_TK=experts_TK, slots_TK=slots_TK)
+
+
+def _in_a_row(ids_ALTK: jax.Array | None) -> jax.Array | None:
+    """The tokens of microbatches behind each other: [A, L, T, K] to [L, A · T, K]."""
+    if ids_ALTK is None:
+        return None
+    ids_LATK = jnp.moveaxis(ids_ALTK, 0, 1)
+    layers, _, _, columns = ids_LATK.shape
+    return ids_LATK.reshape(layers, -1, columns)
 
 
 def hosts_along_experts(
@@ -172,6 +181,7 @@ class MoELayer(nnx.Module):
         self.folded = False
         self.measure_rows = False  # whether a call reports the moments of its rows
         self._report_columns, self._report_stride = 0, 1
+        self._slot_columns = 0
 
     def __call__(
         self,
@@ -216,8 +226,9 @@ class MoELayer(nnx.Module):
             routing.num_tokens,
             counters,
             moments,
-            self._reported(routing.experts_TK),
+            _reported(routing.experts_TK, self._report_columns, self._report_stride),
             self._kept(routing),
+            _reported(slots_TK, self._slot_columns),
         )
 
     def _reach(self, placement: Placement | None) -> Reach | None:
@@ -243,12 +254,13 @@ class MoELayer(nnx.Module):
         """
         self._report_columns, self._report_stride = columns, stride
 
-    def _reported(self, experts_TK: jax.Array) -> jax.Array | None:
-        if not self._report_columns:
-            return None
-        more = self._report_columns - experts_TK.shape[1]
-        sample_TK = experts_TK[:: self._report_stride]
-        return jnp.pad(sample_TK, ((0, 0), (0, more)), constant_values=-1)
+    def report_slots(self, columns: int) -> None:
+        """From now on a call reports where its tokens are served, in `MoEAux.slots_TK`.
+
+        Args:
+            columns: K', as in `report_experts`.
+        """
+        self._slot_columns = columns
 
     def _routed(
         self,
@@ -377,3 +389,11 @@ class MoELayer(nnx.Module):
             logit_T = jnp.dot(x_TD.astype(jnp.float32), gate_D, precision="highest")
             y_TD = y_TD * jax.nn.sigmoid(logit_T)[:, None]
         return y_TD
+
+
+def _reported(ids_TK: jax.Array, columns: int, stride: int = 1) -> jax.Array | None:
+    """What is reported of experts or slots: every stride-th token, −1 up to K' columns."""
+    if not columns:
+        return None
+    more = columns - ids_TK.shape[1]
+    return jnp.pad(ids_TK[::stride], ((0, 0), (0, more)), constant_values=-1)

@@ -26,7 +26,7 @@ from moejax.placement.evaluate import Measures, mean_of, measure_trace
 from moejax.placement.plan_file import read_slots, write_slots
 from moejax.placement.planner import HOST_WEIGHT, plan
 from moejax.placement.statistics import statistics_of
-from moejax.placement.sweep import SweepConfig
+from moejax.placement.sweep_config import SweepConfig
 from moejax.placement.topology import Topology
 from moejax.placement.trace import Trace, read_trace
 

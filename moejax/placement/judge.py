@@ -1,9 +1,11 @@
 """What a placement and a way of routing cost on held-out text: loss, traffic and load, measured.
 
-The model runs over the mesh as it is trained and served, and its own counters say what moved. Each
-row of a batch is a window of one document on one device, so documents are dealt to devices in turn.
+The model runs over the mesh as it is trained and served, and the layers themselves say what moved
+and where tokens were served. Each device gets one window of a batch: windows are dealt to devices
+in turn, those of a document to several.
 
-Shape letters: N windows, S tokens of a window, B windows that run at once, L layers with experts.
+Shape letters: N windows, S tokens of a window, B windows that run at once, L layers with experts,
+A groups of devices along `expert`, G devices of one.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.data.pipeline import held_out_windows
-from moejax.placement.choice_reference import reference
+from moejax.errors import UserError
 from moejax.placement.controller import stacked
-from moejax.placement.evaluate import measure_slots
-from moejax.placement.topology import Topology
-from sharding.mesh import TOKEN_AXES
+from sharding.collectives import psum_statistics
+from sharding.mesh import DATA, EXPERT, TOKEN_AXES
 from sharding.specs import specs_of
 
 if TYPE_CHECKING:
+    from moejax.config import ModelConfig
     from moejax.data.corpus import Document
     from moejax.data.tokenizer import Tokenizer
     from moejax.layer import MoEAux
     from moejax.training.state import Blueprint
 
-__all__ = ["Judge", "Judged", "Windows", "relative_increase", "windows_of"]
+__all__ = ["Judge", "Judged", "Windows", "check_levels", "relative_increase", "windows_of"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Judged:
         nll_D: float64, nats of each document.
         bits_per_byte: of all of them.
         remote_sends: devices other than its own that a token is sent to, by the layer's counters.
-        remote_hosts: of these rows, those to another host.
+        network_rows: of these, devices of other hosts; several of one host count each.
         fanout: devices that serve a token, its own included.
-        load_max_mean: the largest device's assignments over the mean, of each batch and layer; None
-            with copies where a token's devices are limited, as its devices are not reported.
+        load_max_mean: the largest device's assignments over the mean of the devices, by the slots
+            that the layer reports; mean over batches and layers.
         score_mass_kept: of the probability of the experts that routing would choose without regard
             to places, the share of those it chooses; 1 without such routing.
     """
@@ -71,9 +73,9 @@ class Judged:
     nll_D: np.ndarray
     bits_per_byte: float
     remote_sends: float
-    remote_hosts: float
+    network_rows: float
     fanout: float
-    load_max_mean: float | None
+    load_max_mean: float
     score_mass_kept: float
 
 
@@ -117,18 +119,40 @@ def relative_increase(nll_D: np.ndarray, base_D: np.ndarray) -> tuple[float, flo
     return ratio - 1, float(error)
 
 
+def check_levels(config: ModelConfig, devices: int) -> None:
+    """Refuses an exchange in two levels, whose rows are counted otherwise.
+
+    Args:
+        config: the model.
+        devices: along `expert`.
+
+    Raises:
+        UserError: it has two.
+    """
+    size = config.moe.exchange.host_devices
+    if size is not None and 1 < size < devices:
+        raise UserError(
+            f"exchange.host_devices={size} with expert={devices} devices: rows go to a host and "
+            "are spread there, so they do not say how many devices serve a token; take "
+            "host_devices=None, and say with --hosts which devices share a host"
+        )
+
+
 class Judge:
     """Runs one model over the windows, under any placement with the same number of slots.
 
     Args:
         blueprint: model and mesh; what it says of locality holds.
-        windows: the text.
-        rows: windows of a device that run at once.
+        windows: the text; one runs on each device at a time.
+
+    Raises:
+        UserError: see `check_levels`.
     """
 
-    def __init__(self, blueprint: Blueprint, windows: Windows, rows: int = 1) -> None:
+    def __init__(self, blueprint: Blueprint, windows: Windows) -> None:
+        check_levels(blueprint.config, blueprint.shape.expert)
         self._blueprint, self._windows = blueprint, windows
-        self._rows = rows * blueprint.shape.data * blueprint.shape.expert
+        self._rows = blueprint.shape.data * blueprint.shape.expert
         self._program = _program(blueprint)
 
     def __call__(self, params: Any, biases: Any, slots_LP: np.ndarray, max_replicas: int) -> Judged:
@@ -141,13 +165,8 @@ class Judge:
         """
         blueprint, windows = self._blueprint, self._windows
         experts = blueprint.config.moe.router.num_experts
-        devices = blueprint.shape.expert
-        topology = Topology(devices, slots_LP.shape[1] // devices, blueprint.hosts)
         placement = stacked(slots_LP, experts, max_replicas)
         where = NamedSharding(blueprint.mesh, P(TOKEN_AXES, None))
-        locality = blueprint.config.moe.locality
-        limited = locality.limits or locality.local_threshold is not None
-        loads_known = not limited or int((slots_LP >= 0).sum()) == experts * len(slots_LP)
         nll_N, moves, kept, loads = [], [], [], []
         for first in range(0, len(windows.tokens_NS1), self._rows):
             part = slice(first, first + self._rows)
@@ -156,14 +175,11 @@ class Judge:
             mask = np.pad(windows.mask_NS[part], ((0, fill), (0, 0)))
             inputs = jax.device_put((tokens, mask), where)
             # One program at a time, for fake devices' sake.
-            nll_B, aux, experts_LNK = jax.device_get(
-                self._program(params, biases, *inputs, placement)
-            )
+            nll_B, aux, load_LAG = jax.device_get(self._program(params, biases, *inputs, placement))
             nll_N.append(nll_B.astype(np.float64)[: self._rows - fill])
             moves.append(_moves(aux))
             kept.append(_kept(aux))
-            if loads_known:
-                loads.append(_loads(experts_LNK, slots_LP, topology, blueprint.shape.data))
+            loads.append(_uneven(load_LAG))
         here, near, far, tokens = np.sum(moves, axis=0)
         nll_D = np.bincount(windows.document_N, np.concatenate(nll_N))
         return Judged(
@@ -172,7 +188,7 @@ class Judge:
             float((near + far) / tokens),
             float(far / tokens),
             float((here + near + far) / tokens),
-            float(np.mean(loads)) if loads_known else None,
+            float(np.mean(np.concatenate(loads))),
             float(np.sum(kept) / tokens),
         )
 
@@ -190,41 +206,50 @@ def _kept(aux: MoEAux) -> float:
     return float(np.sum(aux.num_tokens if kept is None else kept, dtype=np.float64))
 
 
-def _loads(
-    experts_LNK: np.ndarray, slots_LP: np.ndarray, topology: Topology, data: int
-) -> list[float]:
-    """The largest load over the mean, of each layer and group of devices along `expert`."""
-    found = []
-    for experts_NK, slots_P in zip(experts_LNK.astype(np.int64), slots_LP, strict=True):
-        for part_NK in np.split(experts_NK, data):
-            source_N = np.repeat(np.arange(topology.devices), len(part_NK) // topology.devices)
-            chosen_NK = reference(part_NK, slots_P, topology, source_N)
-            found.append(measure_slots(chosen_NK, topology, source_N).load_max_mean)
-    return found
+def _uneven(load_LAG: np.ndarray) -> np.ndarray:
+    """The largest load over the mean, of each layer and group that has any; float64."""
+    load_NG = load_LAG.reshape(-1, load_LAG.shape[-1]).astype(np.float64)
+    load_NG = load_NG[load_NG.any(1)]
+    return load_NG.max(1) / load_NG.mean(1)
 
 
 def _program(blueprint: Blueprint) -> Any:
-    """`(params, biases, tokens, mask, placement) → (nll [B], aux of all devices, experts)`."""
+    """`(params, biases, tokens, mask, placement) → (nll [B], aux of all devices, load [L, A, G])`.
+
+    Loads are int32 assignments.
+    """
 
     def run(
         params: Any, biases: Any, tokens_BS: jax.Array, mask_BS: jax.Array, placement: Any
     ) -> tuple[jax.Array, MoEAux, jax.Array]:
         model = blueprint.merge(params, biases)
-        model.report_experts()
+        layers = [block.moe for block in model.layers.values() if block.moe is not None]
+        columns = max(layer.config.router.top_k for layer in layers)
+        for layer in layers:
+            layer.report_slots(columns)
         out = model(tokens_BS[:, :-1], token_mask_BS=mask_BS, placement=placement, inference=True)
         nll_BS = model.nll(out.hidden_BSD, tokens_BS[:, 1:])
         aux = out.aux
-        assert aux is not None and aux.experts_TK is not None
-        total = aux.over_devices()
+        assert aux is not None and aux.slots_TK is not None
+        slots = placement.slot_expert_P.shape[-1] // blueprint.shape.expert
+        load_LG = _loads(aux.slots_TK, slots, blueprint.shape.expert)
         nll_B = jnp.sum(jnp.where(mask_BS, nll_BS, 0.0), axis=1)
-        return nll_B, replace(total, experts_TK=None), aux.experts_TK.astype(jnp.int16)
+        return nll_B, replace(aux, slots_TK=None).over_devices(), load_LG[:, None]
 
     rows = P(TOKEN_AXES, None)
     mapped = jax.shard_map(
         run,
         mesh=blueprint.mesh,
         in_specs=(specs_of(blueprint.params), blueprint.bias_specs, rows, rows, P()),
-        out_specs=(P(TOKEN_AXES), P(), P(None, TOKEN_AXES, None)),
+        out_specs=(P(TOKEN_AXES), P(), P(None, DATA, None)),
         check_vma=False,
     )
     return jax.jit(mapped)
+
+
+def _loads(slots_LTK: jax.Array, slots: int, devices: int) -> jax.Array:
+    """Assignments of each device of this group along `expert`, from all of them; int32 [L, G]."""
+    # An empty slot, −1, is on device −1, which nobody is.
+    device_LTK = slots_LTK // jnp.int32(slots)
+    mine_LTKG = device_LTK[..., None] == jnp.arange(devices, dtype=jnp.int32)
+    return psum_statistics(jnp.sum(mine_LTKG, axis=(1, 2), dtype=jnp.int32), EXPERT)

@@ -8,108 +8,38 @@ Every setting runs the same windows, so losses are compared document by document
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 
-from moejax.config import LocalityConfig
-from moejax.errors import UserError
 from moejax.placement.frontier import frontier, parse_budget, recommend
+from moejax.placement.frontier_picture import draw_frontier, setting_in_words
+from moejax.placement.sweep_config import SweepConfig, check_settings, localities_of
 from moejax.training.files import disk_errors, write_atomically
 
 if TYPE_CHECKING:
-    from moejax.config import ModelConfig
+    from moejax.config import LocalityConfig, ModelConfig
     from moejax.placement.judge import Judged, Windows
 
-__all__ = ["Sweep", "SweepConfig", "localities_of", "placements_of", "run"]
+__all__ = ["Sweep", "placements_of", "run"]
 
-_File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """Measures traffic and loss of placements and of routing that knows them.
-
-    Attributes:
-        model: a run, a folder of ours or of transformers; `packaged`: the model of the package.
-        text: files, folders or globs to judge by; none: what the packaged model never saw of the
-            standard library.
-        plan_text: likewise of other texts, from which experts are placed; none: the rest of the
-            standard library.
-        devices: along `expert`.
-        hosts: of equal size, in order.
-        replicas: slots of each device for second copies; 0: placements without copies alone.
-        penalties: of experts on other devices, each alone and with each limit.
-        max_devices: limits of a token's devices, each alone and with each penalty.
-        thresholds: local experts alone where the last of them has this probability.
-        weights: of the outputs, from the scores as they are or as they are scaled.
-        loss_budget: how much the loss may rise: 2% or 0.02.
-        window: tokens of a window; at most the model's context.
-        windows: of a document, at most.
-        plan_tokens: to place experts by.
-        seed: of the planner, and of the texts that it sees.
-        out: .json to write.
-        picture: .png to write; empty: none.
-    """
-
-    model: Annotated[str, tyro.conf.arg(metavar="DIR")] = "packaged"
-    text: tuple[str, ...] = ()
-    plan_text: tuple[str, ...] = ()
-    devices: int = 8
-    hosts: int = 1
-    replicas: int = 2
-    penalties: tuple[float, ...] = (0.3,)
-    max_devices: tuple[int, ...] = (3, 2)
-    thresholds: tuple[float, ...] = ()
-    weights: Literal["plain", "scaled"] = "plain"
-    loss_budget: str = "2%"
-    window: int = 512
-    windows: int = 2
-    plan_tokens: int = 32_768
-    seed: int = 0
-    out: _File = "sweep.json"
-    picture: _File = ""
-
-    def __post_init__(self) -> None:
-        parse_budget(self.loss_budget)
-        for name in ("devices", "hosts", "window", "windows", "plan_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
-                )
-        if self.devices < 2 or self.devices % self.hosts:
-            raise UserError(
-                f"--devices {self.devices} --hosts {self.hosts}: there must be two devices or "
-                "more, and as many on each host"
-            )
-        if self.replicas < 0 or self.seed < 0:
-            raise UserError(f"--replicas {self.replicas} --seed {self.seed}: must not be negative")
-        if bool(self.text) != bool(self.plan_text):
-            raise UserError(
-                "--text and --plan-text: give both, so that experts are not placed by the texts "
-                "that judge them, or neither"
-            )
-        if not self.out:
-            raise UserError("--out FILE: name the file to write")
-        localities_of(self)  # refuses what no setting may have
-
-
-def localities_of(config: SweepConfig) -> list[LocalityConfig]:
-    """What is tried beside routing without regard to places, which comes first."""
-    weights: Any = config.weights
-    found = [
-        LocalityConfig(device_penalty=penalty, max_devices=limit, weights=weights)
-        for limit in (None, *config.max_devices)
-        for penalty in (0.0, *config.penalties)
-    ]
-    found += [LocalityConfig(local_threshold=t) for t in config.thresholds]
-    return list(dict.fromkeys(found))
+def _check_place(path: str) -> None:
+    """Refuses a file that cannot be written, without touching one that is there."""
+    with disk_errors(path):
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            pass
 
 
 def placements_of(
@@ -230,7 +160,6 @@ class Sweep:
         from moejax.placement.judge import relative_increase
 
         assert self.base is not None
-        load = judged.load_max_mean
         increase, error = relative_increase(judged.nll_D, self.base.nll_D)
         return {
             "placement": name,
@@ -245,36 +174,48 @@ class Sweep:
             "loss_increase_error": round(error, 5),
             "score_mass_kept": round(judged.score_mass_kept, 4),
             "fanout": round(judged.fanout, 4),
-            **({"remote_hosts": round(judged.remote_hosts, 4)} if self._hosts else {}),
-            "load_max_mean": None if load is None else round(load, 4),
+            **({"network_rows": round(judged.network_rows, 4)} if self._hosts else {}),
+            "load_max_mean": round(judged.load_max_mean, 4),
         }
 
 
 def run(config: SweepConfig, say: Callable[[str], None] = print) -> Rows:
-    """The command: measures, writes, draws and recommends."""
-    from moejax.placement.frontier_picture import draw_frontier, setting_in_words
+    """The command: measures, writes, draws and recommends.
+
+    Raises:
+        UserError: something is refused, before anything is measured; or the disk is full.
+    """
     from moejax.placement.sweep_texts import open_texts, prepare
 
+    for path in filter(None, (config.out, config.picture)):
+        _check_place(path)
     source, judged, planned = open_texts(config)
+    check_settings(config, source.config)
     sweep, flat = prepare(config, source, judged, planned, say)
+    settings, budget = localities_of(config), parse_budget(config.loss_budget)
     rows: Rows = []
-    for row in sweep.rows(flat, localities_of(config)):
+    best: int | None = None
+    for row in sweep.rows(flat, settings):
         rows.append(row)
-        load = "unknown" if row["load_max_mean"] is None else f"{row['load_max_mean']:.2f}"
+        points = [(row["remote_sends"], row["loss_increase"]) for row in rows]
+        best = recommend(points, budget)
+        told = {
+            "complete": len(rows) == len(settings) * len(sweep.placements),
+            "frontier": frontier(points),
+            "loss_budget": budget,
+            "recommended": best,
+        }
+        with disk_errors(config.out):
+            write_atomically(config.out, json.dumps({"rows": rows, **told}, indent=2) + "\n")
         say(
             f"{setting_in_words(row)}: {row['remote_sends']:.3f} remote sends, loss "
             f"{row['loss_increase']:+.2%} ± {row['loss_increase_error']:.2%}, score mass "
-            f"{row['score_mass_kept']:.3f}, load {load}"
+            f"{row['score_mass_kept']:.3f}, load {row['load_max_mean']:.2f}"
         )
-    points = [(row["remote_sends"], row["loss_increase"]) for row in rows]
-    budget = parse_budget(config.loss_budget)
-    best = recommend(points, budget)
-    told = {"frontier": frontier(points), "loss_budget": budget, "recommended": best}
-    with disk_errors(config.out):
-        write_atomically(config.out, json.dumps({"rows": rows, **told}, indent=2) + "\n")
     if config.picture:
         series = [(name, [r for r in rows if r["placement"] == name]) for name in sweep.placements]
-        draw_frontier(config.picture, series, [(1.0, budget)])
+        ringed = [] if best is None else [rows[best]]
+        draw_frontier(config.picture, series, [(1.0, budget)], ringed)
     if best is None:
         say(f"nothing keeps the loss within {config.loss_budget}")
     else:

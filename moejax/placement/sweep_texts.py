@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from moejax.data.corpus import Document
     from moejax.data.tokenizer import Tokenizer
     from moejax.inference.source import ModelSource
-    from moejax.placement.sweep import Sweep, SweepConfig
+    from moejax.placement.sweep import Sweep
+    from moejax.placement.sweep_config import SweepConfig
 
 __all__ = ["HELD_OUT", "open_texts", "prepare", "some_tokens"]
 
@@ -73,7 +74,8 @@ def prepare(
 ) -> tuple[Sweep, dict[str, Any]]:
     """Records a trace, places experts by it, and cuts the texts that judge.
 
-    Computes in float32, with layers scanned.
+    Computes in float32, with layers scanned. The trace is of routing without regard to places:
+    what the model's own locality chooses depends on a placement that is yet to be found.
 
     Returns:
         The sweep, and the model's weights in logical order.
@@ -84,6 +86,8 @@ def prepare(
     import jax
     from jax import numpy as jnp
 
+    from moejax.config import LocalityConfig
+    from moejax.layer import hosts_along_experts
     from moejax.placement.judge import windows_of
     from moejax.placement.record import trace_of
     from moejax.placement.sweep import Sweep, placements_of
@@ -96,6 +100,10 @@ def prepare(
         size = config.devices // config.hosts
         hosts = tuple(device // size for device in range(config.devices))
     model = dataclasses.replace(source.config, compute_dtype="float32", scan_layers=True)
+    model = dataclasses.replace(
+        model, moe=dataclasses.replace(model.moe, locality=LocalityConfig())
+    )
+    hosts = hosts_along_experts(model.moe, config.devices, hosts)
     plain = Blueprint(model, mesh, hosts)
     flat = jax.block_until_ready(source.weights(plain))
     tokenizer = source.need_tokenizer()
@@ -109,9 +117,8 @@ def prepare(
         f"experts placed by {trace.num_tokens} tokens of {len(trace.lens)} texts, judged by "
         f"{int(windows.mask_NS.sum())} tokens of {len(set(windows.document_N))} others"
     )
-    placements = placements_of(
-        trace, config.devices, config.hosts, config.replicas, seed=config.seed
-    )
+    num_hosts = 1 if hosts is None else len(set(hosts))
+    placements = placements_of(trace, config.devices, num_hosts, config.replicas, config.seed)
     return Sweep(model, windows, placements, mesh, hosts), flat
 
 
