@@ -206,8 +206,8 @@ class Engine:
     ) -> Picked | None:
         """Chooses how decoding steps exchange rows; before `warm_up`, or its programs are in vain.
 
-        Without it they do as steps with prompts do in any case: as the model's config says, or, with
-        deterministic settings, by a ring in one wave.
+        Without it they do as steps with prompts do in any case: as the model's config says, or,
+        with deterministic settings, by a ring in one wave.
 
         Args:
             how, timer: see `exchange_choice.pick`, which also says what is returned and raised.
