@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +83,19 @@ def expert_mesh(devices: int | None, tiny: bool) -> Any:
     elif jax.devices()[0].platform == "cpu":
         raise SystemExit("no accelerator here: --tiny rehearses on the CPU")
     return make_mesh(MeshShape(expert=devices or len(jax.devices())))
+
+
+def beginning(flat: Mapping[str, Any], blueprint: Any) -> Any:
+    """The state of a run that begins with weights in logical order: step 0, moments of zero."""
+    import numpy as np
+
+    from moejax.training.state import from_logical
+
+    start = {name: np.asarray(value, np.float32) for name, value in flat.items()}
+    for part in ("mu", "nu"):
+        start |= {
+            name.replace("params/", f"{part}/"): np.zeros_like(value)
+            for name, value in start.items()
+            if name.startswith("params/")
+        }
+    return from_logical(start | {"step": np.zeros((), np.int32)}, blueprint)

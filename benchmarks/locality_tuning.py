@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import beginning
 
 LEARNING_RATE = 5e-4
 WARMUP = 5
@@ -42,7 +43,7 @@ def tuned(
     from jax.sharding import NamedSharding
 
     from moejax.training.config import DataConfig, OptimizerConfig, TrainConfig
-    from moejax.training.state import Blueprint, from_logical, to_logical
+    from moejax.training.state import Blueprint, to_logical
     from moejax.training.step import BATCH_SPEC, make_train_step
 
     batch = mesh.size
@@ -65,15 +66,7 @@ def tuned(
         with np.load(found) as arrays:
             return dict(arrays)
     blueprint = Blueprint(model, mesh)
-    start = {name: np.asarray(value, np.float32) for name, value in flat.items()}
-    for part in ("mu", "nu"):
-        start |= {
-            name.replace("params/", f"{part}/"): np.zeros_like(value)
-            for name, value in start.items()
-            if name.startswith("params/")
-        }
-    state = from_logical(start | {"step": np.zeros((), np.int32)}, blueprint)
-    state = jax.block_until_ready(state)
+    state = jax.block_until_ready(beginning(flat, blueprint))
     step = make_train_step(blueprint, config)
     where, began = NamedSharding(mesh, BATCH_SPEC), time.perf_counter()
     for number in range(steps):

@@ -22,7 +22,7 @@ import sys
 import time
 from typing import Any
 
-from common import write_results
+from common import beginning, write_results
 
 from moejax.cli import run_main
 
@@ -164,7 +164,7 @@ class Bench:
         from jax import numpy as jnp
 
         from moejax.training.config import DataConfig, OptimizerConfig, TrainConfig
-        from moejax.training.state import Blueprint, from_logical, to_logical
+        from moejax.training.state import Blueprint, to_logical
         from moejax.training.step import make_train_step
         from sharding.mesh import MeshShape, make_mesh
 
@@ -177,14 +177,7 @@ class Bench:
             loss_chunk=4096,
         )
         blueprint = Blueprint(config.model, make_mesh(MeshShape()))
-        flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
-        for part in ("mu", "nu"):
-            flat |= {
-                name.replace("params/", f"{part}/"): np.zeros_like(value)
-                for name, value in flat.items()
-                if name.startswith("params/")
-            }
-        state = from_logical(flat | {"step": jnp.zeros((), jnp.int32)}, blueprint)
+        state = beginning(flat, blueprint)
         step = make_train_step(blueprint, config)
         for number in range(steps):
             tokens = self.texts.batch(number, BATCH)[None]

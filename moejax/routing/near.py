@@ -40,6 +40,9 @@ def choose_near(
     config: RouterConfig,
     reach: Reach,
     bias_E: Float32[Array, " E"] | None,
+    *,
+    log_scores_TE: Float32[Array, "T E"],
+    probs_TE: Float32[Array, "T E"],
 ) -> Near:
     """Chooses: scaled scores, then groups, local experts, hosts, devices, then the K best.
 
@@ -48,16 +51,16 @@ def choose_near(
         config: of the router, without `forced_balance`.
         reach: where experts are.
         bias_E: float32 [E], added for choosing only; None for no bias.
+        log_scores_TE, probs_TE: float32 [T, E], logarithms of the scores, up to a constant for
+            each token, and the scores normalised.
     """
     select_TE = scaled_selection(logits_TE, config, reach.config, reach.distance_E, bias_E)
     select_TE = keep_best_groups(select_TE, config)
     select_TE, devices_TG = stay_near(select_TE, logits_TE, config, reach)
     renormalize = config.renormalize or config.score_function == "topk_softmax"
-    sigmoid = config.score_function == "sigmoid"
-    if renormalize:
-        values_TE = jax.nn.log_sigmoid(logits_TE) if sigmoid else logits_TE
-    else:
-        values_TE = jax.nn.sigmoid(logits_TE) if sigmoid else jax.nn.softmax(logits_TE, axis=-1)
+    values_TE = log_scores_TE if renormalize else probs_TE
+    if config.score_function == "sigmoid" and not renormalize:
+        values_TE = jax.nn.sigmoid(logits_TE)
     if reach.config.weights == "scaled" and reach.config.scales:
         scale_E = log_scale(reach.config, reach.distance_E)
         values_TE = values_TE + scale_E if renormalize else values_TE * jnp.exp(scale_E)

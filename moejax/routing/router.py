@@ -100,7 +100,9 @@ def route(
     values_TE = log_scores_TE if renormalize else logits_TE if sigmoid else probs_TE
     near = kept = None
     if reach is not None:
-        near = choose_near(logits_TE, config, reach, bias_E)
+        near = choose_near(
+            logits_TE, config, reach, bias_E, log_scores_TE=log_scores_TE, probs_TE=probs_TE
+        )
         experts_TK, scores_TK = near.experts_TK, near.scores_TK
         kept_T = mass_kept(logits_TE, probs_TE, experts_TK, config, bias_E)
         if token_mask_T is not None:
