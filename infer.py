@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +32,11 @@ _MODES = {
     "batch": ("batch", "BatchConfig", "answers a file of requests"),
     "bench": ("bench", "BenchConfig", "speed at several loads"),
     "routes": ("routes", "RoutesConfig", "which experts a text uses"),
+}
+_ALONE = {
+    "chat": "a conversation is of one process",
+    "serve": "a server is of one process, or it would end with any of them",
+    "routes": "what a text uses is recorded in one process",
 }
 _DESCRIPTION = "\n".join(
     [
@@ -82,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int | None:
     if not argv or argv[0].startswith("-"):
-        infer(parse(InferConfig(), argv, "infer.py", _DESCRIPTION))
-        return 0
+        plain = parse(InferConfig(), argv, "infer.py", _DESCRIPTION)
+        return _joined(plain, lambda: infer(plain))
     if argv[0] not in _MODES:
         raise UserError(
             f"{argv[0]!r}: no such mode; there are {', '.join(_MODES)}; -p TEXT continues a text"
@@ -91,7 +96,30 @@ def _run(argv: list[str]) -> int | None:
     name, config, _ = _MODES[argv[0]]
     module = importlib.import_module(f"moejax.serving.{name}")
     default = getattr(module, config)()
-    return module.main(parse(default, argv[1:], f"infer.py {argv[0]}", module.DESCRIPTION))
+    flags = parse(default, argv[1:], f"infer.py {argv[0]}", module.DESCRIPTION)
+    if flags.distributed and argv[0] in _ALONE:
+        raise UserError(f"--distributed with {argv[0]}: {_ALONE[argv[0]]}; leave it out")
+    return _joined(flags, lambda: module.main(flags))
+
+
+def _joined(flags: EngineFlags, main: Callable[[], int | None]) -> int | None:
+    """Runs a mode in the first process; the others do the steps of its engine."""
+    from moejax.serving.start import follow
+    from sharding.distributed import check_same, from_first, is_first, joined
+    from sharding.join_flags import JoinFlags
+
+    names = {f.name for f in dataclasses.fields(EngineFlags)}
+    names -= {f.name for f in dataclasses.fields(JoinFlags)}  # of one process, or alike already
+    shared = {name: getattr(flags, name) for name in sorted(names) if hasattr(flags, name)}
+    with joined(flags):
+        check_same("flags", shared, "start all processes with the same ones")
+        code = None
+        if is_first():
+            code = main() or 0
+        else:
+            follow(flags)
+        # What starts the processes looks at all of them: what failed in a batch failed in each.
+        return from_first("exit code", code)
 
 
 def infer(config: InferConfig) -> None:

@@ -3,8 +3,11 @@
 python train.py                                   the tiny preset on fake CPU devices
 python train.py --preset small --data TEXT        one GPU
 python train.py --dry-run --preset mixtral-8x7b --mesh expert=8,data=8
+python train.py --dry-run --preset mixtral-8x7b --plan-for h100 --plan-devices 64
 python train.py --init-from FOLDER --data TEXT    begins with a model's weights
 python train.py --run runs/NAME                   continues that run if it exists
+python train.py --run runs/NAME --replay FILE     looks into a batch that the run has kept
+python train.py --distributed                     one of the processes of a cluster's job
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,10 +25,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from moejax.cli import parse, run_main
-from moejax.errors import UserError
+from moejax.errors import AgreedError, UserError
 from moejax.presets import PRESETS
 from moejax.training.config import TrainConfig
+from moejax.training.config_json import config_to_json
 from moejax.training.init_from import check_initialised, starting_config, tokenizer_of_weights
+from sharding.distributed import (
+    check_same,
+    fails_together,
+    fake_devices,
+    from_first,
+    is_first,
+    joined,
+    say,
+)
+from sharding.join_flags import JoinFlags
+from sharding.plan_flags import PlanFlags
 
 if TYPE_CHECKING:
     from sharding.mesh import MeshShape
@@ -39,43 +55,59 @@ FIXED = (
 )
 """What a run keeps when it is continued: the weights' shapes and which tokens a step reads."""
 
-FREE = tuple(
-    f"model.moe.exchange.{name}"
-    for name in ("mode", "bucket_rows", "bucket_slack", "chunks", "reserve_sms", "host_devices")
+FREE = (
+    *("model.scan_layers", "model.remat"),
+    *(
+        f"model.moe.exchange.{name}"
+        for name in ("mode", "bucket_rows", "bucket_slack", "chunks", "reserve_sms", "host_devices")
+    ),
 )
 """Of those, what belongs to the machine and not to the model."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """The script; returns the exit code."""
-    return run_main(lambda: train(read_flags(sys.argv[1:] if argv is None else argv)))
+    return run_main(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
-def train(config: TrainConfig) -> None:
+def _run(argv: list[str]) -> None:
+    config, joining, planning = read_all_flags(argv)
+    with joined(joining):
+        train(config, planning, argv)
+
+
+def train(config: TrainConfig, planning: PlanFlags | None = None, argv: Sequence[str] = ()) -> None:
     """Trains, evaluates, and says what came out.
+
+    Args:
+        config: the run.
+        planning: what a dry run predicts for.
+        argv: the command line, for the one that a dry run recommends.
 
     Raises:
         UserError: whatever a user can mend.
     """
     from moejax.training.host_memory import keep_freed_memory
-    from sharding.mesh import make_mesh, runs_in_turn
+    from sharding.compression.hosts import contradiction
+    from sharding.mesh import hosts_along_expert, hosts_of_devices, make_mesh, runs_in_turn
 
     keep_freed_memory()
+    check_same("flags", config_to_json(config), "start all processes with the same ones")
     shape = choose_mesh(config)
     if config.dry_run:
-        from sharding.planner import format_plan, plan
+        from sharding.dry_run import dry_run
 
-        print(format_plan(plan(config, shape)))
+        for line in dry_run(config, shape, planning or PlanFlags(), argv):
+            say(line)
         return
-
-    import jax
 
     from moejax.data.prefetch import Prefetcher
     from moejax.model.attention import choose_attention
     from moejax.training.checkpoint import Checkpoints
     from moejax.training.evaluate import Evaluator
-    from moejax.training.interrupt import Interrupt
+    from moejax.training.interrupt import AgreedStop, Interrupt
     from moejax.training.report import StepTimer, explain_layer
+    from moejax.training.residuals import make_reducer
     from moejax.training.rundir import RunDir
     from moejax.training.session import Session
     from moejax.training.state import Blueprint
@@ -86,22 +118,36 @@ def train(config: TrainConfig) -> None:
     mesh = make_mesh(shape)
     device = mesh.devices.flat[0]
     attention = choose_attention(device.platform, config.model, deterministic=config.deterministic)
-    hosts = tuple(d.process_index for d in mesh.devices[0, :, 0])
-    blueprint = Blueprint(config.model, mesh, hosts, attention)
+    blueprint = Blueprint(config.model, mesh, hosts_along_expert(mesh), attention)
     check_batch(config, shape)
+    if config.replay:
+        from moejax.training.replay import replay
+
+        for line in replay(config, blueprint, config.replay):
+            say(line)
+        return
+    reducer = make_reducer(blueprint, config)
 
     with (
-        RunDir.create_or_open(run_path(config), primary=jax.process_index() == 0) as run,
+        RunDir.create_or_open(run_path(config), primary=is_first()) as run,
         Checkpoints(run.checkpoints_path, config.keep) as checkpoints,
-        Interrupt() as stop,
+        Interrupt() as signals,
+        fails_together(),
     ):
+        run.check_shared()
+        stop = AgreedStop(signals, mesh)
         say(f"{shape} on {device.device_kind}; run directory {run.path}")
         if device.platform != "cpu":
             for line in explain_layer(config, shape):
                 say(line)
-        resuming = run.check_config(config, FIXED, FREE)
+        wrong = contradiction(config.grad_compression.hosts, hosts_of_devices(mesh))
+        for line in filter(None, (reducer.explain(), wrong)):
+            say(line)
+        # Process 0 decides: what it writes from here on others may see early or late.
+        resuming = from_first("resuming", run.check_config(config, FIXED, FREE))
         tokenizer = run.load_tokenizer() if resuming else None
         text = prepare_text(config, tokenizer or tokenizer_of_weights(config))
+        check_same("text", text.record, "give all hosts the same files and the same packages")
         say(describe_text(text.record))
         session = Session(run, checkpoints, blueprint, config, text)
         state = session.restore() if resuming else None
@@ -128,7 +174,7 @@ def train(config: TrainConfig) -> None:
         late = not runs_in_turn(blueprint.mesh)
         waiting: tuple[int, Any] | None = None
         with Prefetcher(session.batch, first) as batches:
-            while step < config.steps and not stop.requested:
+            while step < config.steps and session.stopped is None and not stop.agreed():
                 state, metrics = train_step(state, next(batches), session.placing.arrays)
                 if waiting is not None:
                     session.log(*waiting, timer)
@@ -146,6 +192,8 @@ def train(config: TrainConfig) -> None:
                     if waiting is not None:
                         session.log(*waiting, timer)
                         waiting = None
+                    if session.stopped is not None:
+                        break
                     with timer.paused():
                         if evaluating:
                             session.evaluate(step, state, evaluator)
@@ -160,16 +208,19 @@ def train(config: TrainConfig) -> None:
         with timer.paused():
             session.save(state)
             session.write_placement_stats(state)
-            unfinished = step < config.steps
-            session.finish(state, evaluator, timer, stopped=unfinished or stop.requested)
+            unfinished = step < config.steps or session.stopped is not None
+            session.finish(state, evaluator, timer, stopped=unfinished or stop.at_last())
+        if session.stopped is not None:
+            checkpoints.wait()  # what is told to be there
+            raise AgreedError(session.stopped)
         if unfinished:
             path = shlex.quote(str(run.path))
             say(f"stopped after step {step}; continue with: python train.py --run {path}")
 
 
 @dataclass(frozen=True)
-class TrainFlags(TrainConfig):
-    """A run, and what its flags start from.
+class TrainFlags(PlanFlags, JoinFlags, TrainConfig):
+    """A run, what its flags start from, how this process joins others, and what is planned for.
 
     Attributes:
         preset: name of the preset.
@@ -186,7 +237,15 @@ class TrainFlags(TrainConfig):
 
 
 def read_flags(argv: list[str]) -> TrainConfig:
+    """The configuration of `read_all_flags`."""
+    return read_all_flags(argv)[0]
+
+
+def read_all_flags(argv: list[str]) -> tuple[TrainConfig, JoinFlags, PlanFlags]:
     """The configuration from a preset, or the run that is continued, and the flags, which win.
+
+    Returns:
+        the configuration, how this process joins others, and what a dry run predicts for.
 
     Raises:
         UserError: a flag or a value does not fit, or the run's own record cannot be read.
@@ -195,15 +254,21 @@ def read_flags(argv: list[str]) -> TrainConfig:
     values = {f.name: getattr(default, f.name) for f in dataclasses.fields(TrainConfig)}
     flags = parse(TrainFlags(**values, preset=name), argv, "train.py", _DESCRIPTION)
     config = TrainConfig(**{name: getattr(flags, name) for name in values})
+    joining = JoinFlags(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(JoinFlags)})
+    joining.check_joining()
+    planning = PlanFlags(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(PlanFlags)})
+    planning.check_planning(config.dry_run)
+    config.grad_compression.check_read(default.grad_compression)
     if config.init_from:
         if not default.run:
             check_initialised(config, default)
-        return dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+        return config, joining, planning
     needed = max(config.data.vocab, 257)  # both count the end of a document
     if not config.data.tokenizer and config.model.vocab_size < needed:
         model = dataclasses.replace(config.model, vocab_size=needed)
         config = dataclasses.replace(config, model=model)
-    return config
+    return config, joining, planning
 
 
 def starting_point(argv: list[str]) -> tuple[TrainConfig, str]:
@@ -223,7 +288,9 @@ def starting_point(argv: list[str]) -> tuple[TrainConfig, str]:
         run = Path(known.run) if known.run else latest_run() if known.resume else None
         if run is not None and (run / "config.json").exists():
             stored = RunDir(run).read_config(TrainConfig)
-            return dataclasses.replace(stored, run=str(run), resume=False, dry_run=False), ""
+            return dataclasses.replace(
+                stored, run=str(run), resume=False, dry_run=False, replay=""
+            ), ""
         if known.init_from:
             return starting_config(known.init_from, None), ""
     name = (known.preset if known.preset is not None else "tiny").replace("_", "-")
@@ -248,13 +315,17 @@ def choose_mesh(config: TrainConfig) -> MeshShape:
     if config.dry_run and named:
         return named
     # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
+    total = config.devices or (named.size if named else 8)
+    here = fake_devices(total, asked=bool(config.devices))
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", config.devices or (named.size if named else 8))
+        jax.config.update("jax_num_cpu_devices", here)
     if named:
         return named
-    experts = config.model.moe.router.num_experts
+    experts = config.model.fewest_experts
     count = len(jax.devices())
-    expert = max(n for n in range(1, min(count, max(1, experts // 2), 8) + 1) if count % n == 0)
+    some = range(1, min(count, max(1, experts // 2), 8) + 1)
+    fitting = (n for n in some if count % n == 0 and config.model.holds_experts(n))
+    expert = max(fitting, default=1)
     return MeshShape(data=count // expert, expert=expert)
 
 
@@ -274,17 +345,19 @@ def check_batch(config: TrainConfig, shape: MeshShape) -> None:
 
 
 def run_path(config: TrainConfig) -> str | Path:
-    """Where the run lives: as asked for, the newest to resume, or a new directory."""
+    """Where the run lives: as asked for, the newest to resume, or a new directory.
+
+    All processes get what process 0 finds: clocks differ.
+    """
     from moejax.training.rundir import latest_run, new_run_path
 
-    if config.run:
-        return config.run
-    if config.resume:
-        newest = latest_run()
-        if newest is None:
+    path: str | Path | None = config.run
+    if not path and config.resume:
+        path = latest_run()
+        if path is None:
             raise UserError("--resume: there is no run under runs/; start one without the flag")
-        return newest
-    return new_run_path(name=f"{config.model.num_layers}x{config.model.d_model}")
+    path = path or new_run_path(name=f"{config.model.num_layers}x{config.model.d_model}")
+    return from_first("run directory", str(path))
 
 
 def describe_text(record: dict) -> str:
@@ -299,11 +372,6 @@ def describe_text(record: dict) -> str:
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens every so many steps, but not at the end, is due."""
     return bool(every) and step % every == 0 and step < last
-
-
-def say(line: str) -> None:
-    """Prints a line at once."""
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

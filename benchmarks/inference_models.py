@@ -58,13 +58,13 @@ def random_source(config: ModelConfig, seed: int = 0) -> ModelSource:
         targets = weight_targets(blueprint, dtype)
         for index, (name, target) in enumerate(targets.items()):
             key = jax.random.fold_in(jax.random.key(seed), index)
-            arrays |= keep(name, _draw(key, name, target))
+            arrays |= keep(name, draw_weight(key, name, target))
         return arrays
 
     return ModelSource(Path("random"), config, None, weights)
 
 
-def _draw(key: jax.Array, name: str, target: Any) -> jax.Array:
+def draw_weight(key: jax.Array, name: str, target: Any) -> jax.Array:
     """One array of deviation 1 / √inputs; norms' scales are ones."""
     shape = target.shape
     inputs = {"w_o": math.prod(shape[:-1]), "w_in": shape[-3] if len(shape) > 2 else 1}

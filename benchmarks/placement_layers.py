@@ -3,12 +3,13 @@
     python benchmarks/placement_layers.py --trace routes.npz
     JAX_PLATFORMS=cpu python benchmarks/placement_layers.py --tiny    # a rehearsal on fake devices
 
-Writes benchmarks/results/placement_layers.json, after every round. A trace's first half is planned
+Writes benchmarks/results/placement_layers.json (kept as placement_layers_h200x2.json), after every
+round. A trace's first half is planned
 on, tokens of the other half are routed, document after document over the devices; the router
 chooses just what the trace says (`placement_programs.choosing`), everything else is normal. Traces:
 files of `infer.py routes --trace` (shapes of OLMoE, as the packaged model has 64 experts, 8 for a
 token), and generated ones (`moejax.placement.generator`, share 0.8) with shapes of OLMoE and of
-Qwen3-30B-A3B.
+Qwen3-30B-A3B: `generated` with a popularity as Zipf's of exponent 0.8, `skewed` of 1.6.
 
 - `what` = `forward`, `forward_backward`: median ms of a call of the layer, router included, in
   bf16. `placement`: `home` (no placement), `planned` (each expert once), `copies` (a quarter more
@@ -26,8 +27,10 @@ Qwen3-30B-A3B.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +54,6 @@ from placement_programs import (
     timed,
 )
 
-from moejax.placement.evaluate import devices_of
 from moejax.placement.fetch import fetch_traffic
 from moejax.placement.generator import generate, make_traffic
 from moejax.placement.planner import plan
@@ -65,6 +67,7 @@ SHAPES = {
     "qwen3_30b_a3b": replace(ONE_DEVICE["qwen3_30b_a3b"], tokens=8192),
 }
 MODES = ("auto", "ring", "remote", "all_to_all")
+GENERATED = {"generated": 0.8, "skewed": 1.6}
 EXTRA = 0.25
 COPIES = 4
 LIMIT = 1.5e-2  # of two bf16 results, each within 1e-2 of the exact one
@@ -76,8 +79,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trace", nargs="*", default=[], metavar="FILE")
+    names = list(GENERATED)
+    parser.add_argument("--generated", nargs="*", choices=names, default=names)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["ring", "remote"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["remote", "all_to_all"])
     parser.add_argument("--passes", nargs="+", choices=(1, 2), type=int, default=[1, 2])
     parser.add_argument("--moved", nargs="+", type=int, default=[2, 4, 16])
     parser.add_argument("--tokens", type=int, help="of a device; default: the shape's")
@@ -112,10 +117,10 @@ def cases(args: argparse.Namespace, devices: int) -> Iterator[tuple[str, str, Sh
             sizes = trace.num_experts, trace.experts_NLK.shape[2]
             if sizes == (shape.experts, shape.top_k):
                 yield Path(path).stem, name, shape, trace
-    for name in args.shapes:
-        shape = shape_of(name, args)
-        traffic = make_traffic(shape.experts, 1, choices=shape.top_k, share=0.8, seed=0)
-        yield "generated", name, shape, generate(traffic, 2 * shape.tokens * devices, seed=0)
+    for kind, name in itertools.product(args.generated, args.shapes):
+        shape, zipf = shape_of(name, args), GENERATED[kind]
+        traffic = make_traffic(shape.experts, 1, choices=shape.top_k, share=0.8, zipf=zipf, seed=0)
+        yield kind, name, shape, generate(traffic, 2 * shape.tokens * devices, seed=0)
 
 
 def placements(trace: Trace, layer: int, devices: int) -> list[Where]:
@@ -126,8 +131,8 @@ def placements(trace: Trace, layer: int, devices: int) -> list[Where]:
     whole = replace(topology, slots=topology.slots + max(1, round(EXTRA * topology.slots)))
     copies_LP = add_replicas(once_LP, statistics, whole, load_cap=1.05, max_replicas=COPIES)
     found = [Where("home", None, resident=True)]
-    for name, slots_LP in ("planned", once_LP), ("copies", copies_LP):
-        found += [Where(name, slots_LP[0], resident=resident) for resident in (True, False)]
+    for name, slots_LP, most in ("planned", once_LP, 1), ("copies", copies_LP, COPIES):
+        found += [Where(name, slots_LP[0], resident, most) for resident in (True, False)]
     return found
 
 
@@ -158,6 +163,8 @@ class Case:
     def run(self, put: Any) -> None:
         """Everything; `put` gets the rows whenever they change."""
         calls = {**self._layers(), **self._migrations(), **self._counting()}
+        with ThreadPoolExecutor(4) as pool:
+            calls = dict(zip(calls, pool.map(_compiled, calls.values())))
         rounds = Rounds(calls)
         rounds.warm_up()
         for _ in range(self.args.rounds):
@@ -178,15 +185,17 @@ class Case:
                 key = (where.name, "slots" if where.resident else "fetched", mode, None)
                 try:
                     weights = self.weights.of(where)
-                    arrays = weights, self.weights.placement(where, COPIES), self.x_TD
+                    arrays = weights, self.weights.placement(where), self.x_TD
                     run = jax.jit(forward(self.shape, mode, where, self.mesh))
-                    y_TD, aux = jax.device_get(run(*arrays))
+                    y_TD, slots_TK, aux = jax.device_get(run(*arrays))
                     got = y_TD.astype(np.float32)
                     want = got if want is None else want
                     error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
                     if not error <= LIMIT:
                         raise ArithmeticError(f"differs from home by {error:.3g}")
-                    about = self._about(where, aux) | {"difference": float(f"{error:.3g}")}
+                    about = self._about(where, slots_TK, aux) | {
+                        "difference": float(f"{error:.3g}")
+                    }
                 except Exception as why:  # a result as well
                     for number in self.args.passes:
                         if number in passes:
@@ -200,31 +209,27 @@ class Case:
                     calls[name] = partial(jax.jit(program), *given)
         return calls
 
-    def _about(self, where: Any, aux: Any) -> dict[str, Any]:
+    def _about(self, where: Where, slots_TK: np.ndarray, aux: Any) -> dict[str, Any]:
         """What the layer reports; its choice must be the trace's."""
         wanted_E = np.bincount(self.chosen_NK.reshape(-1), minlength=self.shape.experts)
         if not np.array_equal(aux.counts_E, wanted_E):
             raise ArithmeticError("the router chose others than the trace says")
-        tokens, counters = len(self.chosen_NK), aux.counters
+        tokens, counters, devices = len(self.chosen_NK), aux.counters, self.mesh.size
+        slots = -(-self.shape.experts // devices)
+        if where.slots_P is not None:
+            slots = len(where.slots_P) // devices
+        load_G = np.bincount(slots_TK.reshape(-1) // slots, minlength=devices)
         about = {
             "remote_rows": int(counters.rows_host + counters.rows_network) / tokens,
             "padding_rows": int(counters.rows_padding) / tokens,
             "waves": int(counters.waves),
-            "load": None,
+            "load": round(float(load_G.max() / load_G.mean()), 4),
         }
-        if where.name != "copies":  # with copies, the choice within the batch decides
-            topology = Topology.even(self.shape.experts, self.mesh.size)
-            home = np.arange(self.shape.experts) * self.mesh.size // self.shape.experts
-            device_E = home
-            if where.slots_P is not None:
-                device_E = devices_of(where.slots_P[None], topology, self.shape.experts)[0]
-            load_G = np.bincount(device_E, weights=wanted_E, minlength=self.mesh.size)
-            about["load"] = round(float(load_G.max() / load_G.mean()), 4)
         return about
 
     def _floor(self, where: Any, about: dict[str, Any], number: int) -> float:
         """ms: FLOPs of the busiest device, then its rows both ways, in each pass."""
-        flops = self.shape.flops(number == 2) * (about["load"] or 1.05)
+        flops = self.shape.flops(number == 2) * about["load"]
         row = self.shape.d_model * 2 * self.shape.tokens
         sent = 2 * number * row * about["remote_rows"]
         if not where.resident:
@@ -272,6 +277,16 @@ class Case:
                 row["error"] = rounds.errors[key]
             rows.append(row)
         return rows
+
+
+def _compiled(call: Any) -> Any:
+    """A call whose program is compiled; as it was where that fails, which its first use tells."""
+    if not isinstance(call, partial):
+        return call
+    try:
+        return partial(call.func.lower(*call.args).compile(), *call.args)
+    except Exception:
+        return call
 
 
 class _Moving:

@@ -41,11 +41,13 @@ class Where:
     name: for rows.
     slots_P: int32 [G·S]; None: at home, without a placement.
     resident: weights lie in their slots; else copies are fetched from home in every call.
+    most_replicas: R, of an expert.
     """
 
     name: str
     slots_P: np.ndarray | None
     resident: bool
+    most_replicas: int = 1
 
 
 def choosing(experts_NK: np.ndarray, shape: Shape, rng: np.random.Generator) -> np.ndarray:
@@ -81,8 +83,11 @@ def make_layer(shape: Shape, mode: str, where: Where, devices: int) -> MoELayer:
     return nnx.eval_shape(make)
 
 
-def _layer(shape: Shape, mode: str, where: Where, mesh: Mesh) -> Callable:
-    graph, template = nnx.split(make_layer(shape, mode, where, mesh.shape[EXPERT]))
+def _layer(shape: Shape, mode: str, where: Where, mesh: Mesh, *, report: bool = False) -> Callable:
+    layer = make_layer(shape, mode, where, mesh.shape[EXPERT])
+    if report:
+        layer.report_slots(shape.top_k)
+    graph, template = nnx.split(layer)
 
     def call(weights: dict, placement: Any, x_TD: jax.Array) -> Any:
         pure = nnx.to_pure_dict(template)
@@ -101,14 +106,14 @@ def sharded(body: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callab
 
 
 def forward(shape: Shape, mode: str, where: Where, mesh: Mesh) -> Callable:
-    """(weights, placement, x_TD) → (y_TD, report of all devices)."""
-    layer = _layer(shape, mode, where, mesh)
+    """(weights, placement, x_TD) → (y_TD, slots_TK that serve them, report of all devices)."""
+    layer = _layer(shape, mode, where, mesh, report=True)
 
     def body(weights: dict, placement: Any, x_TD: jax.Array) -> Any:
         y_TD, aux = layer(weights, placement, x_TD)
-        return y_TD, aux.over_devices()
+        return y_TD, aux.slots_TK, replace(aux, slots_TK=None).over_devices()
 
-    return sharded(body, mesh, (SPECS, P(), ROWS), (ROWS, P()))
+    return sharded(body, mesh, (SPECS, P(), ROWS), (ROWS, ROWS, P()))
 
 
 def timed(shape: Shape, mode: str, where: Where, mesh: Mesh, *, backward: bool) -> Callable:
@@ -183,12 +188,13 @@ class Weights:
         wide = tuple(widen(bank) for bank in self._home)
         return self._move(wide, at_home, slots_P.astype(np.int32))
 
-    def placement(self, where: Where, copies: int) -> Any:
-        """The arrays, with R = `copies`."""
+    def placement(self, where: Where) -> Any:
+        """The arrays."""
         if where.slots_P is None:
             return None
         put = NamedSharding(self._mesh, P())
-        return jax.device_put(from_slots(where.slots_P, self._shape.experts, copies), put)
+        arrays = from_slots(where.slots_P, self._shape.experts, where.most_replicas)
+        return jax.device_put(arrays, put)
 
     def _normal(self, seed: int, size: tuple[int, ...], fan_in: int) -> jax.Array:
         """Drawn where it lives, one expert at a time: the float32 draw is large."""

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from drawing import save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
@@ -116,18 +117,14 @@ def packed(ax: Axes, x: float, y: float, colour: str) -> None:
 
 def main() -> None:
     """The script."""
-    figure, ax = plt.subplots(figsize=(13.2, 5.4), dpi=110)
+    _, ax = plt.subplots(figsize=(13.2, 5.4), dpi=110)
     draw_lanes(ax)
     draw_token(ax)
     for x, name, text in STAGES:
         ax.text(x, 5.95, name, ha="center", va="bottom", fontsize=12, weight="bold", color=INK)
         ax.text(x, 5.86, text, ha="center", va="top", fontsize=8.6, color=GREY, linespacing=1.35)
     ax.set(xlim=(-1.75, 15.0), ylim=(-0.1, 6.35))
-    ax.axis("off")
-    figure.subplots_adjust(0.005, 0.01, 0.995, 0.99)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, facecolor="white", metadata={"Software": None})
-    print(PICTURE)
+    save(ax, PICTURE)
 
 
 if __name__ == "__main__":

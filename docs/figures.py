@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import figures_compress
+import figures_compression
 import figures_exchange
+import figures_faults
+import figures_groups
 import figures_inference
+import figures_layout
+import figures_offload
 import figures_placement
+import figures_techniques
+import figures_training
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -314,6 +322,22 @@ def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
     return table(["kernel", "bound by", *shapes], body)
 
 
+def compression_quality() -> str:
+    """What compressed gradients cost, and its picture."""
+    text = of_exchange("compression_quality", figures_compression.quality)
+    if not (ROOT / "docs" / figures_compression.PICTURE).is_file():
+        return text
+    return f"{text}\n![Held-out loss of each method]({figures_compression.PICTURE})\n"
+
+
+def compress() -> str:
+    """What fewer experts cost, and its picture."""
+    text = of_exchange("compress", figures_compress.compress)
+    if not (ROOT / "docs" / figures_compress.PICTURE).is_file():
+        return text
+    return f"{text}\n![Bits per byte by size]({figures_compress.PICTURE})\n"
+
+
 def of_exchange(name: str, make: Callable[[dict[str, Any]], figures_exchange.Table]) -> str:
     """A table made from benchmarks/results/NAME.json."""
     result = load(name)
@@ -328,16 +352,30 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ep_layer": lambda: of_exchange("ep_layer_h200x4", figures_exchange.layer),
     "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
     "wire_training": lambda: of_exchange("wire_training", figures_exchange.trained_with_wires),
+    "compression_quality": compression_quality,
+    "compress": compress,
+    "compress_200_steps": lambda: of_exchange("compress_200_steps", figures_compress.compress),
+    "groups_predicted": lambda: of_exchange("group_pairs", figures_groups.predicted),
+    "groups_measured": lambda: of_exchange("expert_groups_h100", figures_groups.measured),
     "expert_weights": lambda: of_exchange("expert_weights_quality", figures_inference.quality),
     "load_seconds": lambda: of_exchange("load_seconds", figures_inference.loading),
     "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
     "decode_exchange": lambda: of_exchange("decode_exchange", figures_inference.decode_exchange),
     "placement": lambda: of_exchange("placement", figures_placement.placements),
+    "placement_layers": lambda: of_exchange("placement_layers_h200x2", figures_placement.layers),
     "locality": lambda: of_exchange("locality", figures_placement.locality),
     "locality_trained": lambda: of_exchange("locality", figures_placement.locality_trained),
+    "offload_hits": lambda: of_exchange("offload_traces", figures_offload.hits),
+    "offload_recalls": lambda: of_exchange("offload_traces", figures_offload.recalls),
+    "train_step": lambda: of_exchange("train_step_h100", figures_training.steps),
+    "unequal_groups": lambda: of_exchange("unequal_groups", figures_training.unequal_groups),
+    "kills": lambda: of_exchange("faults", figures_faults.kills),
+    "killed_runs": lambda: of_exchange("faults", figures_faults.runs),
     "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,
+    "techniques": lambda: table(*figures_techniques.techniques(load)),
+    "layouts": lambda: table(*figures_layout.layouts()),
     "exchange": exchange,
     "hosts": hosts,
     "reference_curve": reference_curve,

@@ -34,6 +34,32 @@ def placements(result: dict[str, Any]) -> Table:
     return [*headings, "cut", "ms a layer", "moved"], body
 
 
+def layers(result: dict[str, Any]) -> Table:
+    """A layer's time with its experts placed; migration and counting in lines of their own."""
+    body, before = [], None
+    for row in result["rows"]:
+        where = f"{row['trace']}, {row['shape']}"
+        rows, moved = row.get("remote_rows"), row["moved"]
+        if row["what"] == "migration":
+            what = ["migration", f"{moved} experts of a layer", ""]
+        else:
+            weights = row["weights"] if row["placement"] != "home" else ""
+            what = [row["what"].replace("_", " + "), row["placement"] or "", weights or ""]
+        body.append(
+            [
+                where if where != before else "",
+                *what,
+                _or_dash(rows, ".2f"),
+                _or_dash(row.get("load"), ".2f"),
+                _or_dash(row.get("predicted_ms"), ".2f"),
+                f"{row['ms']:.2f}",
+            ]
+        )
+        before = where
+    headings = ["trace and shape", "what", "placement", "weights", "remote rows a token", "load"]
+    return [*headings, "at least, ms", "ms"], body
+
+
 def locality(result: dict[str, Any]) -> Table:
     """Traffic, loss and load of the weights as they are."""
     body, before = [], None

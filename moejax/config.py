@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moejax.attention_config import AttentionConfig, LatentConfig, YarnConfig
 from moejax.errors import UserError
 from moejax.locality_config import LocalityConfig
+from moejax.router_config import RouterConfig
+from moejax.sharing_config import SharingConfig
 
 __all__ = [
     "AttentionConfig",
@@ -28,87 +30,20 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "RouterConfig",
+    "SharingConfig",
     "YarnConfig",
 ]
 
-ScoreFunction = Literal["softmax", "topk_softmax", "sigmoid"]
-GroupScore = Literal["max", "top2_sum"]
 Activation = Literal["swiglu", "geglu", "swiglu_oai", "gelu", "relu2"]
 ExchangeMode = Literal["auto", "local", "all_to_all", "ring", "remote"]
 WireFormat = Literal["compute", "int8", "float8", "int4"]
-RematPolicy = Literal["none", "layer", "dots"]
+RematPolicy = Literal["none", "local", "layer", "dots"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How tokens choose experts.
-
-    Attributes:
-        num_experts: E, routed experts of a layer.
-        top_k: K, experts of a token.
-        score_function: `softmax`: probabilities over all experts, then the K best (Switch, Qwen3,
-            OLMoE); `topk_softmax`: the K best logits, then a softmax over those (Mixtral,
-            gpt-oss); `sigmoid`: independent scores (DeepSeek-V3).
-        renormalize: divide the K scores of a token by their sum.
-        scaling_factor: multiplies the scores after that.
-        selection_bias: a per-expert bias added for choosing only (arXiv 2408.15664); its value is
-            a `RouterBias` variable that the optimizer does not see.
-        bias_update_rate: step of that bias a training step, towards equal loads; 0 freezes it.
-        num_groups: experts lie in this many equal groups (DeepSeek-V2 §2.1.3).
-        top_groups: groups that a token may use, its best ones.
-        group_score: how a group is scored: by its best expert (V2) or its best two (V3).
-        load_balance_coef: weight of E·Σ f_e·P_e over global statistics (arXiv 2101.03961 eq. 4).
-        z_loss_coef: weight of mean(logsumexp(logits)²) (arXiv 2202.08906 eq. 5).
-        forced_balance: ignore the scores when choosing and deal experts round robin; for
-            benchmarks.
-        bias: logits have a learned bias (gpt-oss).
-    """
-
-    num_experts: int = 8
-    top_k: int = 2
-    score_function: ScoreFunction = "softmax"
-    renormalize: bool = True
-    scaling_factor: float = 1.0
-    selection_bias: bool = False
-    bias_update_rate: float = 0.0
-    num_groups: int = 1
-    top_groups: int = 1
-    group_score: GroupScore = "max"
-    load_balance_coef: float = 0.01
-    z_loss_coef: float = 0.0
-    forced_balance: bool = False
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.num_experts >= 1, f"num_experts={self.num_experts}: at least 1 is needed")
-        _require(
-            1 <= self.top_k <= self.num_experts,
-            f"top_k={self.top_k}: must lie between 1 and num_experts={self.num_experts}",
-        )
-        _require(
-            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
-            f"num_groups={self.num_groups}: must divide num_experts={self.num_experts}",
-        )
-        _require(
-            1 <= self.top_groups <= self.num_groups,
-            f"top_groups={self.top_groups}: must lie between 1 and num_groups={self.num_groups}",
-        )
-        reachable = self.top_groups * (self.num_experts // self.num_groups)
-        _require(
-            self.top_k <= reachable,
-            f"top_k={self.top_k}: the {self.top_groups} chosen groups hold only {reachable} "
-            "experts; raise top_groups or lower top_k",
-        )
-        _require(
-            self.bias_update_rate == 0.0 or self.selection_bias,
-            f"bias_update_rate={self.bias_update_rate}: needs selection_bias=True",
-        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +58,9 @@ class ExpertsConfig:
         bias: both products have a bias.
         shared_hidden: total width of the experts every token uses (0: none).
         shared_gate: scale the shared experts' output by a learned sigmoid gate (Qwen2-MoE).
+        sharing: parameters that the routed experts have in common.
+        together: neighbouring experts that are computed, and stored, as one wide one: exact, a
+            token goes to each group once (`moejax.wide_bank`). 1: each by itself.
     """
 
     hidden: int = 256
@@ -130,12 +68,26 @@ class ExpertsConfig:
     bias: bool = False
     shared_hidden: int = 0
     shared_gate: bool = False
+    sharing: SharingConfig = field(default_factory=SharingConfig, metadata={"may_lack": True})
+    together: int = field(default=1, metadata={"may_lack": True})
 
     def __post_init__(self) -> None:
+        _require(self.together >= 1, f"together={self.together}: 1 computes each by itself")
+        for what, there in ("bias=True", self.bias), ("sharing", self.sharing.active):
+            _require(
+                self.together == 1 or not there,
+                f"together={self.together} with {what}: only independent experts without biases "
+                "can be computed as one wide one; set together=1",
+            )
         _require(self.hidden >= 1, f"hidden={self.hidden}: an expert needs a width of at least 1")
         _require(
             not self.shared_gate or self.shared_hidden > 0,
             "shared_gate=True: needs shared_hidden > 0",
+        )
+        _require(
+            self.sharing.kind != "up" or self.num_in == 2,
+            f"sharing kind='up' with activation={self.activation!r}: has no gate, so that nothing "
+            "of the input would be an expert's own; choose 'in', or a gated activation",
         )
 
     @property
@@ -281,6 +233,31 @@ class MoEConfig:
             "forced_balance=True with locality: experts are dealt, so that neither scores nor "
             "distances play a part; turn one of them off",
         )
+        _require(
+            not self.locality.active or self.router.merged_from is None,
+            f"merged_from={self.router.merged_from} with locality: distances are of experts, and "
+            "a merged expert has several of the router's outputs; turn locality off",
+        )
+        together, wire = self.experts.together, self.exchange.wire
+        _require(
+            self.router.num_experts % together == 0,
+            f"together={together}: must divide num_experts={self.router.num_experts}",
+        )
+        for what, there in (
+            ("exchange.mode='remote'", self.exchange.mode == "remote"),
+            ("dispatch_dim or combine_dim", wire.dispatch_dim or wire.combine_dim),
+        ):
+            _require(
+                together == 1 or not there,
+                f"together={together} with {what}: needs the weights of single experts; set "
+                "together=1, or leave it out",
+            )
+        rank, experts = self.experts.sharing.rank, self.router.num_experts
+        _require(
+            rank is None or rank <= experts,
+            f"sharing rank={rank} with num_experts={experts}: {experts} matrices of their own say "
+            "all and are fewer; choose a smaller rank",
+        )
 
 
 @dataclass(frozen=True)
@@ -308,12 +285,16 @@ class ModelConfig:
         dense_hidden: width of the dense layers' MLP.
         first_dense_layers: the first layers use a dense MLP of width `dense_hidden` (DeepSeek).
         top_k_by_layer: number of experts of a token for each layer; empty: the router's top_k.
+        num_experts_by_layer: routed experts of each layer, of which the router's num_experts is the
+            largest; dense layers' numbers are not looked at. Placements need equal ones. Empty: the
+            router's num_experts in all of them.
         window_by_layer: attention's window for each layer, in tokens, 0 for none; empty:
             `attention.window` in all of them.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head uses the embedding's weights.
         scan_layers: run equal consecutive layers by one `lax.scan` (compile time) or unrolled.
-        remat: what the backward recomputes: nothing, whole layers, or all but products (`dots`).
+        remat: what the backward recomputes: nothing; whole layers; of layers what a device computes
+            by itself, so that no exchange is repeated (`local`); or all but products (`dots`).
         compute_dtype: dtype of activations and of weights in products; masters stay float32.
     """
 
@@ -332,6 +313,7 @@ class ModelConfig:
     scan_layers: bool = False
     remat: RematPolicy = "none"
     compute_dtype: ComputeDtype = "bfloat16"
+    num_experts_by_layer: tuple[int, ...] = field(default=(), metadata={"may_lack": True})
 
     def __post_init__(self) -> None:
         _require(self.vocab_size >= 2, f"vocab_size={self.vocab_size}: at least 2 is needed")
@@ -345,18 +327,63 @@ class ModelConfig:
             self.first_dense_layers == 0 or self.dense_hidden > 0,
             f"first_dense_layers={self.first_dense_layers}: needs dense_hidden > 0",
         )
-        for name in "top_k_by_layer", "window_by_layer":
+        for name in "top_k_by_layer", "window_by_layer", "num_experts_by_layer":
             entries = len(getattr(self, name))
             _require(
                 entries in (0, self.num_layers),
                 f"{name} has {entries} entries: needs one for each of the {self.num_layers} "
                 "layers, or none",
             )
+        if largest := max(self.num_experts_by_layer[self.first_dense_layers :], default=0):
+            _require(
+                largest == self.moe.router.num_experts,
+                f"num_experts_by_layer={self.num_experts_by_layer}: its largest number must be "
+                f"num_experts={self.moe.router.num_experts}; set that to {largest}",
+            )
+            self.layers()  # what a router refuses is told now
 
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding: the vocabulary rounded up to 64, so that `tensor` divides it."""
         return -(-self.vocab_size // 64) * 64
+
+    @property
+    def expert_numbers(self) -> tuple[int, ...]:
+        """Routed experts of each layer that has any, in order."""
+        layers = (layer.moe for layer in self.layers())
+        return tuple(moe.router.num_experts for moe in layers if moe is not None)
+
+    @property
+    def fewest_experts(self) -> int:
+        """Routed experts of the layer that has the fewest; 1 for a model without."""
+        return min(self.expert_numbers, default=1)
+
+    def holds_experts(self, devices: int) -> bool:
+        """Whether so many devices can each have experts of every layer, whole groups of them."""
+        members = self.moe.experts.together
+        if members > 1 and any(number % (devices * members) for number in self.expert_numbers):
+            return False
+        return devices <= self.fewest_experts
+
+    def check_equal_experts(self, what: str) -> None:
+        """Refuses a model whose experts cannot each be anywhere: unequal numbers, wide groups.
+
+        Args:
+            what: needs equal numbers of single ones.
+
+        Raises:
+            UserError: the layers' numbers differ, or experts are computed together.
+        """
+        _require(
+            self.moe.experts.together == 1,
+            f"{what} with together={self.moe.experts.together}: experts that are computed together "
+            "lie together; leave it out, or set together=1",
+        )
+        _require(
+            len(set(self.expert_numbers)) <= 1,
+            f"{what} with num_experts_by_layer={self.num_experts_by_layer}: layers with unequal "
+            "numbers of experts are only computed where their weights are; leave it out",
+        )
 
     def layers(self) -> tuple[LayerConfig, ...]:
         """The layers one by one; equal neighbours may be scanned together."""
@@ -366,13 +393,22 @@ class ModelConfig:
         moe = dense = None
         if index < self.first_dense_layers:
             dense = dataclasses.replace(
-                self.moe.experts, hidden=self.dense_hidden, shared_hidden=0, shared_gate=False
+                self.moe.experts,
+                hidden=self.dense_hidden,
+                shared_hidden=0,
+                shared_gate=False,
+                sharing=SharingConfig(),
+                together=1,
             )
         else:
             moe = self.moe
+            changed: dict[str, Any] = {}
             if self.top_k_by_layer:
-                router = dataclasses.replace(moe.router, top_k=self.top_k_by_layer[index])
-                moe = dataclasses.replace(moe, router=router)
+                changed["top_k"] = self.top_k_by_layer[index]
+            if self.num_experts_by_layer:
+                changed["num_experts"] = self.num_experts_by_layer[index]
+            if changed:
+                moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, **changed))
         attention = self.attention
         if self.window_by_layer:
             attention = dataclasses.replace(attention, window=self.window_by_layer[index] or None)

@@ -28,7 +28,11 @@ from sharding.mesh import EXPERT, TENSOR
 __all__ = [
     "ExpertBank",
     "ExpertWeights",
+    "at_home",
+    "case_of",
+    "explain_sending",
     "lay_out",
+    "once_along_tensor",
     "places_for",
     "run_experts",
     "with_kernels",
@@ -49,6 +53,22 @@ class ExpertWeights:
     w_out_SHD: jax.Array
     b_in_SNH: jax.Array | None
     b_out_SD: jax.Array | None
+
+
+def at_home(value: jax.Array, devices: int, spec: P) -> nnx.Param:
+    """A parameter of a bank, stored at home: [G·S, …], padding slots zero.
+
+    Args:
+        value: float32 [E, …], in logical order.
+        devices: G.
+        spec: how it is split.
+    """
+    experts = len(value)
+    home_E = home_slots(experts, devices)
+    padded = devices * num_slots(experts, devices)
+    if padded != experts:
+        value = jnp.zeros((padded, *value.shape[1:]), value.dtype).at[home_E].set(value)
+    return nnx.Param(value, spec=spec, float32=False, home=tuple(map(int, home_E)))
 
 
 class ExpertBank(nnx.Module):
@@ -78,14 +98,10 @@ class ExpertBank(nnx.Module):
         self.num_experts, self.expert_devices = num_experts, expert_devices
         self.resident = False
         hidden, num_in = config.hidden, config.num_in
-        home_E = home_slots(num_experts, expert_devices)
-        padded = expert_devices * num_slots(num_experts, expert_devices)
 
         def bank(shape: tuple[int, ...], scale: float, spec: P) -> nnx.Param:
             value = scale * jax.random.normal(rngs.params(), (num_experts, *shape), jnp.float32)
-            if padded != num_experts:
-                value = jnp.zeros((padded, *shape), jnp.float32).at[home_E].set(value)
-            return nnx.Param(value, spec=spec, float32=False, home=tuple(map(int, home_E)))
+            return at_home(value, expert_devices, spec)
 
         self.w_in = bank((d_model, num_in, hidden), INIT_STD, P(EXPERT, None, None, TENSOR))
         self.w_out = bank((hidden, d_model), output_std, P(EXPERT, TENSOR, None))
@@ -113,7 +129,7 @@ class ExpertBank(nnx.Module):
         weights = in_slots(stored, placement, self.num_experts, resident=self.resident)
         if weights.b_out_SD is None:
             return weights
-        return replace(weights, b_out_SD=_once_along_tensor(weights.b_out_SD))
+        return replace(weights, b_out_SD=once_along_tensor(weights.b_out_SD))
 
     def make_resident(self, slots: int) -> None:
         """Stores the weights in slots, where `moejax.placement.migrate` moves them about.
@@ -156,7 +172,7 @@ class ExpertBank(nnx.Module):
             dtype: of the rows.
             tensor: devices that the hidden width is split over.
         """
-        return fused.explain(self._case(config, widths, dtype, tensor))
+        return fused.explain(case_of(config, widths, dtype, tensor))
 
     def explain_sending(
         self, budget: Budget, config: ExpertsConfig, widths: tuple[int, int], dtype, tensor: int
@@ -167,12 +183,7 @@ class ExpertBank(nnx.Module):
             budget: static sizes.
             config, widths, dtype, tensor: as for `explain`.
         """
-        reason = _why_apart(budget, self._case(config, widths, dtype, tensor))
-        return f"remote_experts: {'mosaic_gpu' if reason is None else f'not used: {reason}'}"
-
-    def _case(self, config: ExpertsConfig, widths: tuple[int, int], dtype, tensor: int):
-        (d_model, d_out), hidden = widths, self.w_out.shape[1] // tensor
-        return fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
+        return explain_sending(budget, case_of(config, widths, dtype, tensor))
 
     def run(
         self, rows: Rows, weights: ExpertWeights, *, budget: Budget, config: ExpertsConfig
@@ -181,10 +192,22 @@ class ExpertBank(nnx.Module):
         return run_experts(rows, weights, budget=budget, config=config)
 
 
-def _once_along_tensor(bias: jax.Array) -> jax.Array:
+def once_along_tensor(bias: jax.Array) -> jax.Array:
     """A bias added to partial sums counts on one tensor rank; every rank gets its gradient."""
     bias = collectives.enter_parallel(bias, TENSOR)
     return jnp.where(collectives.axis_index(TENSOR) == 0, bias, jnp.zeros_like(bias))
+
+
+def case_of(config: ExpertsConfig, widths: tuple[int, int], dtype: Any, tensor: int) -> fused.Case:
+    """What the experts' kernels are asked for; arguments as of `ExpertBank.explain`."""
+    (d_model, d_out), hidden = widths, config.hidden // tensor
+    return fused.Case(d_model, hidden, config.activation, dtype, config.bias, d_out)
+
+
+def explain_sending(budget: Budget, case: fused.Case) -> str:
+    """As `ExpertBank.explain_sending`."""
+    reason = _why_apart(budget, case)
+    return f"remote_experts: {'mosaic_gpu' if reason is None else f'not used: {reason}'}"
 
 
 def places_for(slots: int, assignments: int) -> int:

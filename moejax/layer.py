@@ -7,7 +7,6 @@ model use `moejax.standalone.ShardedMoELayer`, which wraps it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,86 +21,26 @@ from moejax import exchange
 from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.exchange import codec
-from moejax.exchange.counters import ExchangeCounters, over_devices
-from moejax.exchange.reduced import RowMoments, RowProjections, row_moments
+from moejax.exchange.reduced import RowProjections, row_moments
 from moejax.experts import ExpertBank, ExpertWeights, places_for, with_kernels
 from moejax.model.initializers import INIT_STD
 from moejax.model.mlp import DenseMLP
+from moejax.moe_aux import MoEAux
 from moejax.placement.arrays import Placement, home_slots
 from moejax.placement.choice import place
 from moejax.quantized_bank import ExpertRows, QuantizedExpertBank, WeightDtype
 from moejax.routing.locality import Reach, reach_of
-from moejax.routing.losses import RouterLosses
 from moejax.routing.router import Router, Routing
+from moejax.shared_bank import ExpandedExpertBank, SharedExpertBank
+from moejax.wide_bank import WideExpertBank
 from pallas_kernels.exchange import push
+from pallas_kernels.exchange.received import received
 from pallas_kernels.route import api as route
 from pallas_kernels.route.router_product import explain_router_product
-from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel, psum_statistics
-from sharding.mesh import AXES, TENSOR, TOKEN_AXES
+from sharding.collectives import axes_are_bound, enter_parallel, exit_parallel
+from sharding.mesh import AXES, TENSOR
 
-__all__ = ["MoEAux", "MoELayer", "hosts_along_experts"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MoEAux:
-    """What a layer reports besides its output; all of it local to the device.
-
-    losses: this device's shares of the auxiliary losses, coefficients included.
-    counts_E: int32 [E], assignments to each logical expert, before any drop.
-    entropy_sum: float32 [], nats, summed over tokens.
-    num_tokens: int32 [], unmasked tokens.
-    counters: what moved.
-    moments: of the rows, where `MoELayer.measure_rows` asks for them.
-    experts_TK: int32 [T', K'], the experts of some tokens in order, before any drop, −1 for none;
-        where `MoELayer.report_experts` asks for them.
-    kept: float32 [], the share of its score mass that a token keeps under `MoEConfig.locality`,
-        summed over tokens; None where that is off. See `moejax.routing.near.mass_kept`.
-    slots_TK: int32 [T, K'], the slots that serve the tokens, in order, of all devices along
-        `expert`: slot p is on device p // S. After any drop, −1 for none; where
-        `MoELayer.report_slots` asks for them.
-    """
-
-    losses: RouterLosses
-    counts_E: Int32[Array, " E"]
-    entropy_sum: Float32[Array, ""]
-    num_tokens: Int32[Array, ""]
-    counters: ExchangeCounters
-    moments: RowMoments | None = None
-    experts_TK: Int32[Array, "T2 K2"] | None = None
-    kept: Float32[Array, ""] | None = None
-    slots_TK: Int32[Array, "T K2"] | None = None
-
-    def over_devices(self) -> MoEAux:
-        """The same of all devices together, inside the shard_map; no gradient.
-
-        `experts_TK` and `slots_TK` stay this device's.
-        """
-        counters = over_devices(self.counters, TOKEN_AXES)
-        total = psum_statistics(replace(self, experts_TK=None, slots_TK=None), TOKEN_AXES)
-        return replace(total, counters=counters, experts_TK=self.experts_TK, slots_TK=self.slots_TK)
-
-    def summed(self) -> MoEAux:
-        """Summed over a leading dimension (microbatches) of [A, L, …]; waves are the largest.
-
-        Tokens of `experts_TK` and `slots_TK` come behind each other.
-        """
-        total = jax.tree.map(
-            lambda a: jnp.sum(a, axis=0, dtype=a.dtype),
-            replace(self, experts_TK=None, slots_TK=None),
-        )
-        counters = replace(total.counters, waves=jnp.max(self.counters.waves, axis=0))
-        experts_TK, slots_TK = _in_a_row(self.experts_TK), _in_a_row(self.slots_TK)
-        return replace(total, counters=counters, experts_TK=experts_TK, slots_TK=slots_TK)
-
-
-def _in_a_row(ids_ALTK: jax.Array | None) -> jax.Array | None:
-    """The tokens of microbatches behind each other: [A, L, T, K] to [L, A · T, K]."""
-    if ids_ALTK is None:
-        return None
-    ids_LATK = jnp.moveaxis(ids_ALTK, 0, 1)
-    layers, _, _, columns = ids_LATK.shape
-    return ids_LATK.reshape(layers, -1, columns)
+__all__ = ["MoELayer", "hosts_along_experts"]
 
 
 def hosts_along_experts(
@@ -156,7 +95,12 @@ class MoELayer(nnx.Module):
         self.expert_devices = expert_devices
         self.hosts = None if hosts is None else tuple(hosts)
         self.router = Router(d_model, config.router, rngs=rngs)
-        self.bank: ExpertBank | QuantizedExpertBank = ExpertBank(
+        bank: type[ExpertBank] | type[SharedExpertBank] | type[WideExpertBank] = ExpertBank
+        if config.experts.sharing.active:
+            bank = SharedExpertBank
+        elif config.experts.together > 1:
+            bank = WideExpertBank
+        self.bank: ExpertBank | SharedExpertBank | QuantizedExpertBank | WideExpertBank = bank(
             d_model,
             config.router.num_experts,
             config.experts,
@@ -208,16 +152,16 @@ class MoELayer(nnx.Module):
                 "MoELayer called outside of a shard_map over data, expert and tensor: use "
                 "moejax.standalone.ShardedMoELayer, which brings its own"
             )
-        reach = self._reach(placement)
-        routing = self.router(x_TD, token_mask_T=token_mask_T, reach=reach)
+        routing = self.route(x_TD, placement, token_mask_T=token_mask_T)
         slots_TK, budget, dropped = self._place(routing, placement)
+        # Kept with what is received: chosen again in a backward that rounds another way, one expert
+        # would move the rows of all tokens behind.
+        slots_TK = received(slots_TK)
         x_in, scores_TK = enter_parallel((x_TD, routing.scores_TK), TENSOR)
         plans = exchange.make_plans(slots_TK, budget)
         y_TD = self._routed(x_in, scores_TK, placement, plans, budget)
         moments = row_moments(x_TD, y_TD, token_mask_T) if self.measure_rows else None
-        if self.shared is not None:
-            y_TD = y_TD + self._shared(x_in, self.shared)
-        y_TD = exit_parallel(y_TD, TENSOR).astype(x_TD.dtype)
+        y_TD = self.finish(x_in, y_TD)
         counters = exchange.count(plans, budget, dropped, self.hosts)
         return y_TD, MoEAux(
             routing.losses,
@@ -230,6 +174,84 @@ class MoELayer(nnx.Module):
             self._kept(routing),
             _reported(slots_TK, self._slot_columns),
         )
+
+    def route(
+        self,
+        x_TD: Float[Array, "T D"],
+        placement: Placement | None = None,
+        *,
+        token_mask_T: Bool[Array, " T"] | None = None,
+        bonus_E: Float32[Array, " E"] | None = None,
+    ) -> Routing:
+        """The first part of a call: which experts the tokens want, before any drop.
+
+        Args:
+            x_TD, placement, token_mask_T: as for a call.
+            bonus_E: see `Router`.
+        """
+        reach = self._reach(placement)
+        return self.router(x_TD, token_mask_T=token_mask_T, reach=reach, bonus_E=bonus_E)
+
+    def within_capacity(self, routing: Routing) -> tuple[jax.Array, jax.Array]:
+        """The experts int32 [T, K] that are computed, −1 for what an optional capacity drops.
+
+        Args:
+            routing: of this device's tokens.
+
+        Returns:
+            them, and how many assignments are dropped, int32 [].
+        """
+        experts_TK, dropped = routing.experts_TK, jnp.zeros((), jnp.int32)
+        factor, num_experts = self.config.exchange.capacity_factor, self.config.router.num_experts
+        if factor is None:
+            return experts_TK, dropped
+        tokens, top_k = experts_TK.shape
+        room = exchange.expert_capacity(factor, tokens, top_k, num_experts, self.expert_devices)
+        return exchange.drop_over_capacity(experts_TK, routing.scores_TK, num_experts, room)
+
+    def serve(
+        self,
+        x_TD: Float[Array, "T D"],
+        scores_TK: Float32[Array, "T K"],
+        slots_TK: Int32[Array, "T K"],
+        slots: int,
+    ) -> Float32[Array, "T D"]:
+        """The second part alone, on one device: some of the experts, in slots of the bank.
+
+        Args:
+            x_TD: tokens in the compute dtype.
+            scores_TK: weights of the assignments.
+            slots_TK: their slots, distinct within a token, −1 for those that are left out.
+            slots: S, how many the bank has; which experts lie there is the caller's affair.
+
+        Returns:
+            The weighted sums, rounded once to the compute dtype; zero where all are left out.
+        """
+        tokens, top_k = slots_TK.shape
+        budget = exchange.choose(
+            self.config.exchange,
+            tokens=tokens,
+            top_k=top_k,
+            num_experts=self.config.router.num_experts,
+            slots=slots,
+            devices=1,
+        )
+        plans = exchange.make_plans(slots_TK, budget)
+        return self._routed(x_TD, scores_TK, None, plans, budget)
+
+    def finish(self, x_TD: Float[Array, "T D"], y_TD: Float32[Array, "T D"]) -> Float[Array, "T D"]:
+        """The last part: adds the experts that every token uses.
+
+        Args:
+            x_TD: tokens, as they entered the tensor parallel part.
+            y_TD: what the routed experts gave, this tensor rank's term.
+
+        Returns:
+            [T, D] in x's dtype, whole.
+        """
+        if self.shared is not None:
+            y_TD = y_TD + self._shared(x_TD, self.shared)
+        return exit_parallel(y_TD, TENSOR).astype(x_TD.dtype)
 
     def _reach(self, placement: Placement | None) -> Reach | None:
         """Where experts are, if routing is to know; on one device all are near."""
@@ -283,15 +305,34 @@ class MoELayer(nnx.Module):
         y_TR = exchange.run_waves(rows_TR, scores_TK, weights, plans, budget, experts)
         return projections.widen(y_TR)
 
+    def expand_experts(self) -> None:
+        """Makes experts that share parameters independent, once and not in every call.
+
+        The layer computes the same and has more parameters. Where nothing is shared nothing
+        changes.
+
+        Raises:
+            UserError: the experts are computed together.
+        """
+        if isinstance(self.bank, WideExpertBank):
+            raise UserError(
+                f"together={self.bank.members}: this needs the weights of single experts; name a "
+                "model with together=1"
+            )
+        if isinstance(self.bank, SharedExpertBank):
+            self.bank = ExpandedExpertBank(self.bank)
+
     def fold_projections(self) -> None:
         """Folds the projections into the experts' weights, once and not in every call.
 
-        Afterwards the layer only infers: the weights have lost what the projections leave out.
-        Without projections nothing changes.
+        Experts that share parameters are made independent first (`expand_experts`). Afterwards the
+        layer only infers: the weights have lost what the projections leave out. Without projections
+        nothing else changes.
 
         Raises:
             UserError: it is done already; quantizing does it.
         """
+        self.expand_experts()
         if self.folded or not isinstance(self.bank, ExpertBank):
             raise UserError(
                 "fold_projections called again: the experts' weights are folded already, "
@@ -305,7 +346,8 @@ class MoELayer(nnx.Module):
     ) -> None:
         """Replaces the routed experts' weights by 8-bit ones; afterwards the layer only infers.
 
-        Projections of the rows are folded into the weights first.
+        Experts that share parameters are made independent first, and projections of the rows are
+        folded into the weights.
 
         Args:
             dtype: `int8` or `float8_e4m3fn`.
@@ -315,6 +357,7 @@ class MoELayer(nnx.Module):
         Raises:
             UserError: they cannot be, see `QuantizedExpertBank`.
         """
+        self.expand_experts()
         if not isinstance(self.bank, ExpertBank):
             raise UserError("quantize_experts called again: the experts are quantized already")
         QuantizedExpertBank.check(self.bank, dtype, rows=rows, tensor=tensor)
@@ -361,15 +404,9 @@ class MoELayer(nnx.Module):
         self, routing: Routing, placement: Placement | None
     ) -> tuple[jax.Array, exchange.Budget, jax.Array]:
         """Physical slots of all assignments, after any drops."""
-        tokens, top_k = routing.experts_TK.shape
-        budget = self.budget(tokens, placement)
-        experts_TK, dropped = routing.experts_TK, jnp.zeros((), jnp.int32)
-        factor, num_experts = self.config.exchange.capacity_factor, self.config.router.num_experts
-        if factor is not None:
-            room = exchange.expert_capacity(factor, tokens, top_k, num_experts, self.expert_devices)
-            experts_TK, dropped = exchange.drop_over_capacity(
-                experts_TK, routing.scores_TK, num_experts, room
-            )
+        budget = self.budget(routing.experts_TK.shape[0], placement)
+        experts_TK, dropped = self.within_capacity(routing)
+        num_experts = self.config.router.num_experts
         if placement is not None:
             hosts = hosts_along_experts(self.config, self.expert_devices, self.hosts)
             slots = budget.innermost.slots

@@ -50,7 +50,7 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """One GPU: 1.3 B parameters, 64 experts, 8 for a token, width 1024."""
+    """One GPU of 40 GB or more: 1.3 B parameters, 64 experts, 8 for a token, width 1024."""
     return TrainConfig(
         model=ModelConfig(
             vocab_size=16_384,
@@ -61,8 +61,6 @@ def small() -> TrainConfig:
             moe=MoEConfig(
                 RouterConfig(num_experts=64, top_k=8, z_loss_coef=1e-3), ExpertsConfig(hidden=512)
             ),
-            scan_layers=True,
-            remat="layer",
         ),
         data=DataConfig(vocab=16_384, seq_len=1024, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=100),

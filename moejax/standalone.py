@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import MoEConfig
 from moejax.errors import UserError
-from moejax.layer import MoEAux, MoELayer
+from moejax.layer import MoELayer
+from moejax.moe_aux import MoEAux
 from moejax.placement.arrays import Placement
 from moejax.routing.bias import update_bias
 from pallas_kernels.tuning.lookup import trace_context
@@ -104,9 +105,14 @@ class ShardedMoELayer(nnx.Module):
             aux: what the step's call returned; for several calls, their `counts_E` added up.
 
         Raises:
-            UserError: the router has no selection bias.
+            UserError: the router has no selection bias, or its experts are merged.
         """
         router = self.layer.router
+        if router.table_R is not None:
+            raise UserError(
+                f"update_bias with merged_from={router.config.merged_from}: loads are counted by "
+                "experts, the biases are of outputs; leave the call out"
+            )
         if router.selection_bias_E is None:
             raise UserError(
                 "update_bias with selection_bias=False: the router has no bias to move; set "

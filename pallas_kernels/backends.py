@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from pallas_kernels.hopper.compat import hopper_refusal
 from pallas_kernels.tpu.compat import tpu_refusal
 from pallas_kernels.tpu.tiles import LANES
 
-__all__ = ["choose", "explain", "kernel_refusal"]
+__all__ = ["choose", "explain", "kernel_refusal", "planned_for"]
+
+planned_for: Any = jax.make_user_context(default_value="")
+"""`with planned_for("mosaic_gpu"):` traces a program for devices that are not here, with their
+kernels of grouped products. JAX keeps what it traces so apart from programs that are to run."""
 
 
 def choose(
@@ -62,8 +68,9 @@ def kernel_refusal(
         backend: `mosaic_gpu` or `mosaic_tpu`.
         sizes: widths of the matrices, by name.
         dtype: of the operands.
-        forced: do not look at the device.
+        forced: do not look at the device, as for a backend that is `planned_for`.
     """
+    forced = forced or backend == planned_for.value
     multiple, device_refusal = 64, hopper_refusal
     if backend == "mosaic_tpu":
         multiple, device_refusal = LANES, tpu_refusal

@@ -8,6 +8,10 @@ right when `grad` is taken *inside* that shard_map, under this convention:
 
 Taken outside the shard_map the same transposes would be off by the axis size; `moejax.standalone`
 wraps the layer for that use.
+
+What arrives is marked (`received`), so that `remat="local"` keeps it and sends nothing again. In a
+custom VJP the forward rule has to call what does the work itself: marks inside of a function that
+has a VJP of its own are not seen.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
+from pallas_kernels.exchange.received import received
+
 __all__ = [
     "AxisGroups",
     "all_gather",
     "all_to_all",
     "axes_are_bound",
+    "axis_arguments",
     "axis_index",
     "axis_size",
     "enter_parallel",
@@ -50,7 +57,7 @@ class AxisGroups:
 AxisNames = str | Sequence[str]
 
 
-def _over(axis: AxisNames | AxisGroups) -> dict[str, Any]:
+def axis_arguments(axis: AxisNames | AxisGroups) -> dict[str, Any]:
     """An axis as the arguments of JAX's collectives."""
     if isinstance(axis, AxisGroups):
         return {"axis_name": axis.axis, "axis_index_groups": [list(g) for g in axis.groups]}
@@ -94,7 +101,7 @@ def psum_statistics(x, axis: AxisNames):
         x: a pytree of arrays.
         axis: mesh axis or axes.
     """
-    return lax.psum(jax.tree.map(lax.stop_gradient, x), axis)
+    return received(lax.psum(jax.tree.map(lax.stop_gradient, x), axis))
 
 
 def pmax_statistics(x, axis: AxisNames):
@@ -104,7 +111,7 @@ def pmax_statistics(x, axis: AxisNames):
         x: a pytree of arrays.
         axis: mesh axis or axes.
     """
-    return lax.pmax(jax.tree.map(lax.stop_gradient, x), axis)
+    return received(lax.pmax(jax.tree.map(lax.stop_gradient, x), axis))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -129,12 +136,16 @@ def _enter_bwd(axis, _, ct):
 enter_parallel.defvjp(_enter_fwd, _enter_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def exit_parallel(x, axis: AxisNames):
     """Sum forward, identity backward: partial results leave a region split along `axis`.
 
     The `g` of Megatron-LM (arXiv 1909.08053 §3). Works on any pytree of float arrays.
     """
+    return received(_exit(x, axis))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _exit(x, axis):
     return lax.psum(x, axis)
 
 
@@ -147,10 +158,9 @@ def _exit_bwd(axis, _, ct):
     return (ct,)
 
 
-exit_parallel.defvjp(_exit_fwd, _exit_bwd)
+_exit.defvjp(_exit_fwd, _exit_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def all_gather(x: jax.Array, axis: AxisNames | AxisGroups, dim: int = 0) -> jax.Array:
     """Concatenates the devices' pieces along `dim`; backward sums each piece in float32 at home.
 
@@ -159,18 +169,23 @@ def all_gather(x: jax.Array, axis: AxisNames | AxisGroups, dim: int = 0) -> jax.
         axis: mesh axis or axes, or groups of one.
         dim: the dimension that grows by the axis size.
     """
-    return lax.all_gather(x, axis=dim, tiled=True, **_over(axis))
+    return received(_gather(x, axis, dim))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x, axis, dim):
+    return lax.all_gather(x, axis=dim, tiled=True, **axis_arguments(axis))
 
 
 def _gather_fwd(x, axis, dim):
-    return all_gather(x, axis, dim), None
+    return _gather(x, axis, dim), None
 
 
 def _gather_bwd(axis, dim, _, ct):
     return (_sum_scatter(ct, axis, dim),)
 
 
-all_gather.defvjp(_gather_fwd, _gather_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _sum_scatter(x: jax.Array, axis: AxisNames | AxisGroups, dim: int) -> jax.Array:
@@ -181,11 +196,10 @@ def _sum_scatter(x: jax.Array, axis: AxisNames | AxisGroups, dim: int) -> jax.Ar
         return x
     pieces = x.reshape(*x.shape[:dim], size, x.shape[dim] // size, *x.shape[dim + 1 :])
     pieces = jnp.moveaxis(pieces, dim, 0)
-    received = lax.all_to_all(pieces, split_axis=0, concat_axis=0, **_over(axis))
+    received = lax.all_to_all(pieces, split_axis=0, concat_axis=0, **axis_arguments(axis))
     return jnp.sum(received.astype(jnp.float32), axis=0).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def all_to_all(x: jax.Array, axis: str | AxisGroups) -> jax.Array:
     """Device i's x[j] becomes device j's result[i]; backward is the same exchange.
 
@@ -193,15 +207,20 @@ def all_to_all(x: jax.Array, axis: str | AxisGroups) -> jax.Array:
         x: [G, ...], G the axis size.
         axis: mesh axis, or groups of one: i and j are then positions in a group.
     """
-    return lax.all_to_all(x, split_axis=0, concat_axis=0, **_over(axis))
+    return received(_a2a(x, axis))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _a2a(x, axis):
+    return lax.all_to_all(x, split_axis=0, concat_axis=0, **axis_arguments(axis))
 
 
 def _a2a_fwd(x, axis):
-    return all_to_all(x, axis), None
+    return _a2a(x, axis), None
 
 
 def _a2a_bwd(axis, _, ct):
-    return (lax.all_to_all(ct, split_axis=0, concat_axis=0, **_over(axis)),)
+    return (lax.all_to_all(ct, split_axis=0, concat_axis=0, **axis_arguments(axis)),)
 
 
-all_to_all.defvjp(_a2a_fwd, _a2a_bwd)
+_a2a.defvjp(_a2a_fwd, _a2a_bwd)

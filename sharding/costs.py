@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moejax.config import AttentionConfig, ExpertsConfig, LayerConfig, ModelConfig
 from sharding.flops import (
     active_matrix_parameters,
     attention_matrix_parameters,
+    routed_matrix_parameters,
     step_flops_per_token,
 )
 
@@ -19,8 +21,9 @@ class Parameters:
     """Numbers of parameters, padding left out.
 
     total: all.
-    active: those a token uses: all but the E − K experts that each layer leaves out.
-    experts: in the routed experts alone.
+    active: those a token uses: all but the E − K experts that each layer leaves out; parameters
+        that experts share are used.
+    experts: in the routed experts alone, with what they share.
     """
 
     total: int
@@ -70,14 +73,26 @@ def _layer_size(layer: LayerConfig) -> tuple[int, int, int]:
         return size + _mlp_size(d_model, layer.dense, layer.dense.hidden), 0, 0
     assert layer.moe is not None
     router, experts = layer.moe.router, layer.moe.experts
-    size += (d_model + router.bias) * router.num_experts
+    size += (d_model + router.bias) * router.num_outputs
     if experts.shared_hidden:
         size += _mlp_size(d_model, experts, experts.shared_hidden)
     size += d_model * experts.shared_gate
     wire = layer.moe.exchange.wire
     size += d_model * ((wire.dispatch_dim or 0) + (wire.combine_dim or 0))
-    one = _mlp_size(d_model, experts, experts.hidden)
-    return size + router.num_experts * one, router.num_experts * one, router.top_k * one
+    own, shared = _experts_sizes(d_model, experts)
+    routed = router.num_experts * own + shared
+    return size + routed, routed, router.top_k * own + shared
+
+
+def _experts_sizes(d_model: int, experts: ExpertsConfig) -> tuple[int, int]:
+    """Parameters that one expert has of its own, and those of all together."""
+    sizes = d_model, experts.num_in, experts.hidden, d_model
+    own, shared = (
+        sum(map(math.prod, shapes(*sizes).values()))
+        for shapes in (experts.sharing.own, experts.sharing.shared)
+    )
+    biases = experts.num_in * experts.hidden + d_model if experts.bias else 0
+    return own + biases, shared
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -100,5 +115,18 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
     step = step_flops_per_token(config, seq_len)
     weights = 6.0 * active_matrix_parameters(config)
     scores, head = (step - weights) / 3, 2.0 * config.d_model * config.vocab_size
-    again = {"none": 0.0, "layer": step / 3 - head, "dots": scores}[config.remat]
-    return Flops(step / 3, step, again, weights)
+    layers, routed = step / 3 - head, 2.0 * routed_matrix_parameters(config)
+    again = {
+        "none": 0.0,
+        "layer": layers,
+        # The sum over `tensor` behind attention is kept, and so its last product is.
+        "local": layers - sum(2.0 * _attention_output(layer) for layer in config.layers()),
+        # Products of two matrices are kept: those of scores and of experts have a batch.
+        "dots": scores + routed,
+    }
+    return Flops(step / 3, step, again[config.remat], weights)
+
+
+def _attention_output(layer: LayerConfig) -> int:
+    """Weights of the product that leaves attention."""
+    return layer.attention.num_heads * layer.attention.value_dim * layer.d_model

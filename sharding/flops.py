@@ -9,6 +9,7 @@ __all__ = [
     "active_matrix_parameters",
     "attention_matrix_parameters",
     "peak_flops",
+    "routed_matrix_parameters",
     "step_flops_per_token",
 ]
 
@@ -20,6 +21,7 @@ PEAK_FLOPS: dict[str, float] = {
     "TPU v4": 275e12,
     "TPU v5e": 197e12,
     "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6e": 918e12,
     "TPU v6 lite": 918e12,
@@ -51,22 +53,35 @@ def active_matrix_parameters(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: attention, router, K experts, shared, head.
 
     The embedding is a lookup and counts nothing; norms and biases are left out, and so is folding
-    projections of rows into the experts' weights, which is once a microbatch, not a token.
+    projections of rows into the experts' weights, or making experts of parameters that they share,
+    which is once a microbatch, not a token.
     """
     d_model = config.d_model
-    total = d_model * config.vocab_size
+    total = d_model * config.vocab_size + routed_matrix_parameters(config)
     for layer in config.layers():
         total += attention_matrix_parameters(d_model, layer.attention)
         if layer.moe is not None:
             experts, router, wire = layer.moe.experts, layer.moe.router, layer.moe.exchange.wire
             total += _mlp_parameters(d_model, experts, experts.shared_hidden)
-            width_in, width_out = wire.widths(d_model)
-            routed = router.top_k * experts.hidden
-            total += routed * (width_in * experts.num_in + width_out)
             total += d_model * ((wire.dispatch_dim or 0) + (wire.combine_dim or 0))
-            total += d_model * router.num_experts
+            total += d_model * router.num_outputs
         elif layer.dense is not None:
             total += _mlp_parameters(d_model, layer.dense, layer.dense.hidden)
+    return total
+
+
+def routed_matrix_parameters(config: ModelConfig) -> int:
+    """Of those the K routed experts' of a token, over all layers.
+
+    A projection that experts share counts K times: a token is multiplied with each of its experts.
+    """
+    total = 0
+    for layer in config.layers():
+        if layer.moe is not None:
+            experts = layer.moe.experts
+            width_in, width_out = layer.moe.exchange.wire.widths(config.d_model)
+            used = layer.moe.router.top_k * experts.hidden
+            total += used * (width_in * experts.num_in + width_out)
     return total
 
 

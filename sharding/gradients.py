@@ -9,10 +9,11 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import AXES, TOKEN_AXES
+from sharding.collectives import axis_size
+from sharding.mesh import AXES, EXPERT, TENSOR, TOKEN_AXES
 from sharding.specs import axes_of
 
-__all__ = ["global_norm", "missing_axes", "reduce_gradients"]
+__all__ = ["global_norm", "missing_axes", "norm_of_data_rank", "reduce_gradients"]
 
 
 def missing_axes(spec: P) -> tuple[str, ...]:
@@ -67,3 +68,28 @@ def global_norm(tree: Any, specs: Any) -> jax.Array:
     for axes, square in sums.items():
         total = total + (lax.psum(square, axes) if axes else square)
     return jnp.sqrt(total)
+
+
+def norm_of_data_rank(grads: Any, specs: Any) -> jax.Array:
+    """Euclidean norm of what the devices of one data index add to the gradient, inside shard_map.
+
+    Together they hold the model once. Of a parameter that `expert` does not split each has a term
+    of the sum; where these are independent with mean zero, the square of their sum is on average
+    the sum of their squares, which is what is taken.
+
+    Args:
+        grads: tree of local gradients, not reduced.
+        specs: tree of PartitionSpec of the parameters in use, a prefix of `grads`.
+
+    Returns:
+        float32 [], equal on the devices of one data index.
+    """
+    squares = [jnp.zeros((), jnp.float32)]
+
+    def add(spec: P, part: Any) -> None:
+        copies = 1 if TENSOR in axes_of(spec) else axis_size(TENSOR)
+        for leaf in jax.tree.leaves(part):
+            squares.append(jnp.sum(jnp.square(leaf.astype(jnp.float32))) * (1 / copies))
+
+    jax.tree.map(add, specs, grads, is_leaf=lambda x: isinstance(x, P))
+    return jnp.sqrt(lax.psum(jnp.sum(jnp.stack(squares)), (EXPERT, TENSOR)))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moejax.errors import UserError
+from sharding.distributed import host_of
 
 __all__ = [
     "AXES",
@@ -20,8 +23,11 @@ __all__ = [
     "TOKEN_AXES",
     "MeshShape",
     "abstract_mesh",
+    "hosts_along_expert",
+    "hosts_of_devices",
     "in_turn",
     "make_mesh",
+    "over_hosts",
     "runs_in_turn",
 ]
 
@@ -80,13 +86,13 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
-    """Lays the mesh over the first `shape.size` devices; axis types are Auto.
+    """Lays the mesh over `shape.size` devices; axis types are Auto.
 
-    Consecutive devices form the `tensor` axis, then `expert`, then `data`, so that the axes that
-    talk most stay inside one host.
+    The axes that talk most stay inside one host where they fit, see `over_hosts`. TPUs are laid as
+    JAX does it, along their torus, which goes through hosts.
 
     Raises:
-        UserError: the mesh needs more devices than there are.
+        UserError: the mesh needs more devices than there are, or leaves a process without one.
     """
     devices = jax.devices() if devices is None else devices
     if shape.size > len(devices):
@@ -94,9 +100,66 @@ def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh
             f"mesh {shape} needs {shape.size} devices and there are {len(devices)}: shrink an axis"
             + (", or pass --devices for more fake ones" if devices[0].platform == "cpu" else "")
         )
-    return jax.make_mesh(
-        shape.sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape.size]
-    )
+    types = (AxisType.Auto,) * 3
+    if devices[0].platform == "tpu":
+        mesh = jax.make_mesh(shape.sizes, AXES, axis_types=types, devices=devices[: shape.size])
+    else:
+        mesh = Mesh(over_hosts(shape, devices, host_of), AXES, axis_types=types)
+    idle = {d.process_index for d in devices} - {d.process_index for d in mesh.devices.flat}
+    if idle:
+        raise UserError(
+            f"mesh {shape}: uses {shape.size} of {len(devices)} devices, none of process "
+            f"{min(idle)}: grow an axis or start fewer processes"
+        )
+    return mesh
+
+
+def over_hosts(
+    shape: MeshShape, devices: Sequence[Any], host_of: Callable[[Any], int]
+) -> np.ndarray:
+    """Devices in the places of a mesh: `tensor`, and then `expert`, inside a host where they fit.
+
+    As many groups of `expert` × `tensor` devices as fit are taken whole from one host each. What is
+    left of the hosts makes up the other groups, of neighbouring hosts, and of these again each
+    `tensor` group lies in one host as long as that can be.
+
+    Args:
+        shape: of the mesh; there are at least as many devices.
+        devices: those of a host in the order in which they are to be neighbours.
+        host_of: a number for the machine that a device is in.
+
+    Returns:
+        devices, object [data, expert, tensor].
+    """
+    hosts: dict[int, list[Any]] = {}
+    for device in devices:
+        hosts.setdefault(host_of(device), []).append(device)
+    block = shape.expert * shape.tensor
+    whole: list[Any] = []
+    rows: list[Any] = []
+    rest: list[Any] = []
+    for there in hosts.values():
+        in_blocks = len(there) // block * block
+        in_rows = in_blocks + (len(there) - in_blocks) // shape.tensor * shape.tensor
+        whole += there[:in_blocks]
+        rows += there[in_blocks:in_rows]
+        rest += there[in_rows:]
+    laid = np.empty(shape.size, object)
+    laid[:] = (whole + rows + rest)[: shape.size]
+    return laid.reshape(shape.sizes)
+
+
+def hosts_along_expert(mesh: Mesh) -> tuple[int, ...]:
+    """The host of each device along `expert`, by numbers that mean nothing beyond that.
+
+    Of the first group; others may lie otherwise where groups and hosts do not divide each other.
+    """
+    return tuple(host_of(device) for device in mesh.devices[0, :, 0])
+
+
+def hosts_of_devices(mesh: Mesh) -> np.ndarray:
+    """The host of each device, int [data, expert, tensor], numbered as by `hosts_along_expert`."""
+    return np.array([host_of(device) for device in mesh.devices.flat]).reshape(mesh.devices.shape)
 
 
 def abstract_mesh(shape: MeshShape) -> AbstractMesh:

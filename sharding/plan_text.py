@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,18 @@ __all__ = ["format_bytes", "format_count", "format_plan"]
 MEMORY = {
     "masters": "master weights, float32",
     "moments": "Adam's moments, float32",
+    "residuals": "what compressed gradients have left to send",
     "weights": "gathered weights, {dtype}",
     "gradients": "gradients, whole and reduced",
     "kept": "activations kept for the backward (remat={remat})",
     "working": "activations of the one piece that is recomputed",
     "exchange": "exchange buckets of one layer",
-    "logits": "logits and their gradient, float32",
+    "logits": "logits, their gradient, the sum of the head's, float32",
+    "balance": "{balance}",
 }
+
+LESS = "less, as not all of these are there at the same time"
+MORE = "more, for what is on its way in the backward"
 
 
 def format_bytes(count: float) -> str:
@@ -67,7 +73,15 @@ def _model(plan: Plan) -> Iterator[str]:
     if plan.parameters.experts:
         shared = f", shared {experts.shared_hidden}" if experts.shared_hidden else ""
         choices = " or ".join(str(k) for k in sorted({b.top_k for _, b in plan.exchanges}))
-        text = f"{router.num_experts} of width {experts.hidden}, {choices} for a token"
+        few, many = min(model.expert_numbers), max(model.expert_numbers)
+        count = f"{many}" if few == many else f"{few} to {many} by layer"
+        count += f", merged from {router.merged_from}," if router.merged_from else ""
+        text = f"{count} of width {experts.hidden}, {choices} for a token"
+        if experts.sharing.active:
+            of = f" of rank {experts.sharing.rank}" if experts.sharing.rank else ""
+            shared += f", sharing '{experts.sharing.kind}'{of}"
+        if experts.together > 1:
+            shared += f", computed {experts.together} together"
         yield _fact("experts", text + shared)
     total, active = plan.parameters.total, plan.parameters.active
     text = f"{format_count(total, 'kMB')} ({total}), {format_count(active, 'kMB')} active"
@@ -113,11 +127,15 @@ def _fact(name: str, text: str) -> str:
 
 def _memory(plan: Plan) -> Iterator[str]:
     model = plan.config.model
-    yield "memory of a device (two lines exact, the others estimated before fusion)"
+    exact = "three" if plan.memory.residuals else "two"
+    yield f"memory of a device ({exact} lines exact, the others estimated before fusion)"
     for field, count in vars(plan.memory).items():
         if count:
-            label = MEMORY[field].format(dtype=model.compute_dtype, remat=model.remat)
-            yield f"  {label:<60}{format_bytes(count):>12}"
+            balance = LESS if count < 0 else MORE
+            words = {"dtype": model.compute_dtype, "remat": model.remat, "balance": balance}
+            label = MEMORY[field].format(**words)
+            sign = "-" if count < 0 else ""
+            yield f"  {label:<60}{sign + format_bytes(abs(count)):>12}"
     yield f"  {'total':<60}{format_bytes(plan.memory.total):>12}"
     if plan.device_memory:
         limit = plan.device_memory
@@ -143,6 +161,7 @@ def _collectives(plan: Plan) -> Iterator[str]:
         yield "sent besides for each further wave, if every layer needs it"
         yield from _table(extra)
     yield ""
+    yield from textwrap.wrap(plan.uncompressed, 100)
     if plan.formulas_agree:
         yield "counted in the traced program; the closed formulas give the same"
     else:

@@ -7,6 +7,7 @@ counted in the traced program (`sharding.traffic`) and beside it by closed formu
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,18 +19,23 @@ from jax import numpy as jnp
 
 from moejax.errors import UserError
 from moejax.exchange.budget import Budget
+from moejax.model.attention import choose_attention
+from moejax.training.anomaly import history_shapes
 from moejax.training.config import TrainConfig
 from moejax.training.optimizer import init_moments
+from moejax.training.residuals import make_reducer
 from moejax.training.state import Blueprint, TrainState
 from moejax.training.step import make_train_step
+from pallas_kernels.backends import planned_for
 from sharding.costs import Flops, Parameters, count_parameters, flops_per_token
+from sharding.local_weights import Weights, weights_of
 from sharding.memory import Memory, memory_of
 from sharding.mesh import AXES, MeshShape, abstract_mesh
 from sharding.plan_text import format_plan
 from sharding.traffic import Crossing, collectives_of, live_jaxpr
 from sharding.traffic_formulas import expected_collectives, layer_budget, tokens_at_once
 
-__all__ = ["Plan", "format_plan", "plan", "trace_step"]
+__all__ = ["Plan", "after_warmup", "format_plan", "plan", "trace_step"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Plan:
     collectives: what a device sends a step, counted in the traced program.
     formulas: the same by closed formulas.
     exchanges: runs of consecutive MoE layers with equal exchanges: number of layers, budget.
+    weights: numbers of parameters on a device.
+    uncompressed: which gradients their method does not serve, and why; empty if it serves all.
     """
 
     config: TrainConfig
@@ -57,6 +65,8 @@ class Plan:
     collectives: tuple[Crossing, ...]
     formulas: tuple[Crossing, ...]
     exchanges: tuple[tuple[int, Budget], ...]
+    weights: Weights
+    uncompressed: str = ""
 
     @property
     def formulas_agree(self) -> bool:
@@ -80,12 +90,18 @@ class Plan:
         )
 
 
-def plan(config: TrainConfig, mesh_shape: MeshShape) -> Plan:
+def plan(
+    config: TrainConfig, mesh_shape: MeshShape, *, platform: str = "cpu", kernels: str = ""
+) -> Plan:
     """Plans a run.
 
     Args:
         config: the run.
         mesh_shape: the mesh, of any size; `config.mesh` is not read.
+        platform: of the devices, as JAX names it. Where attention is fused there its scores are not
+            counted as memory.
+        kernels: the backend of `pallas_kernels.fused_experts` that serves there, where it serves
+            the layers; empty: what serves here. Others keep more for the backward.
 
     Raises:
         UserError: the model or the batch does not fit the mesh.
@@ -98,8 +114,14 @@ def plan(config: TrainConfig, mesh_shape: MeshShape) -> Plan:
             f"{mesh_shape}: examples are split over data × expert = {devices} devices; make it a "
             f"multiple of {devices * config.accumulate}"
         )
+    config = after_warmup(config)
     blueprint = Blueprint(config.model, abstract_mesh(mesh_shape))
-    jaxpr = live_jaxpr(trace_step(blueprint, config).jaxpr)
+    reducer = make_reducer(blueprint, config)
+    params, storage = blueprint.params, blueprint.storage
+    with planned_for(kernels):
+        jaxpr = live_jaxpr(trace_step(blueprint, config).jaxpr)
+    attention = choose_attention(platform, config.model, deterministic=config.deterministic)
+    fused = attention == "cudnn"
     tokens = tokens_at_once(config, mesh_shape)
     budgets = (
         layer_budget(layer, tokens, mesh_shape.expert)
@@ -112,14 +134,22 @@ def plan(config: TrainConfig, mesh_shape: MeshShape) -> Plan:
         tokens=tokens,
         parameters=count_parameters(config.model),
         flops=flops_per_token(config.model, config.data.seq_len),
-        memory=memory_of(config, mesh_shape, blueprint.params, blueprint.storage, jaxpr),
+        memory=memory_of(
+            config, mesh_shape, params, storage, jaxpr, reducer, fused_attention=fused
+        ),
         device_memory=_device_memory(),
         collectives=tuple(collectives_of(jaxpr, dict(zip(AXES, mesh_shape.sizes)))),
-        formulas=tuple(
-            expected_collectives(config, mesh_shape, blueprint.params, blueprint.storage)
-        ),
+        formulas=tuple(expected_collectives(config, mesh_shape, params, storage, reducer)),
         exchanges=_runs(budgets),
+        weights=weights_of(config, mesh_shape, params, storage),
+        uncompressed=reducer.explain(),
     )
+
+
+def after_warmup(config: TrainConfig) -> TrainConfig:
+    """The run without the first steps of its gradients' compression, which send more."""
+    compression = dataclasses.replace(config.grad_compression, warmup_steps=0)
+    return dataclasses.replace(config, grad_compression=compression)
 
 
 def trace_step(blueprint: Blueprint, config: TrainConfig) -> Any:
@@ -128,11 +158,15 @@ def trace_step(blueprint: Blueprint, config: TrainConfig) -> Any:
     def state(params: Any, biases: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, init_moments(params), biases)
 
+    shapes = jax.eval_shape(state, blueprint.params, blueprint.biases)
+    history = history_shapes(config.anomaly) if config.anomaly.active else None
+    residuals = make_reducer(blueprint, config).shapes
+    shapes = dataclasses.replace(shapes, residuals=residuals, history=history)
     examples = config.data.batch_size // config.accumulate
     batch = (config.accumulate, examples, config.data.seq_len + 1)
     step: Any = make_train_step(blueprint, config)
     return step.trace(
-        jax.eval_shape(state, blueprint.params, blueprint.biases),
+        shapes,
         jax.ShapeDtypeStruct(batch, jnp.int32),
         None,
     )

@@ -20,6 +20,7 @@ from moejax.exchange.wire import row_bytes
 from moejax.placement.arrays import num_slots
 from moejax.placement.moves import bucket_size
 from moejax.training.config import TrainConfig
+from sharding.compression.reduction import Reducer
 from sharding.gradients import missing_axes
 from sharding.mesh import AXES, DATA, EXPERT, TENSOR, TOKEN_AXES, MeshShape
 from sharding.specs import axes_of
@@ -32,6 +33,7 @@ __all__ = [
     "item_size",
     "layer_budget",
     "local_elements",
+    "sends_again",
     "tokens_at_once",
     "variables_of",
 ]
@@ -74,7 +76,7 @@ def local_elements(shape: tuple[int, ...], storage: Storage, mesh: MeshShape) ->
 
 
 def expected_collectives(
-    config: TrainConfig, mesh: MeshShape, params: nnx.State, storage: Any
+    config: TrainConfig, mesh: MeshShape, params: nnx.State, storage: Any, reducer: Reducer
 ) -> list[Crossing]:
     """Every collective of a training step, by formula; `times` counts the arrays.
 
@@ -82,11 +84,12 @@ def expected_collectives(
         config: the run.
         mesh: sizes of the axes.
         params, storage: of the `Blueprint`.
+        reducer: of the gradients.
     """
     formulas = _Formulas(config, mesh)
     return add_up(
         crossing
-        for part in (formulas.model(), formulas.weights(variables_of(params, storage)))
+        for part in (formulas.model(), formulas.weights(variables_of(params, storage), reducer))
         for crossing in part
     )
 
@@ -111,11 +114,17 @@ def fetch_collectives(
     )
 
 
+def sends_again(model: ModelConfig) -> bool:
+    """Whether a layer's recomputation repeats what its forward has sent."""
+    return model.remat in ("layer", "dots")
+
+
 class _Formulas:
     def __init__(self, config: TrainConfig, mesh: MeshShape):
         self.config, self.mesh, self.model_config = config, mesh, config.model
         self.item = item_size(config.model)
         self.tokens = tokens_at_once(config, mesh)
+        self.sends_again = sends_again(config.model)
 
     def one(
         self,
@@ -134,21 +143,39 @@ class _Formulas:
         sent = times * sent_bytes(kind, devices, operand)
         return Crossing(name, phase, kind, axes, times, sent, extra)
 
-    def weights(self, variables: Iterator[tuple[tuple[int, ...], Storage]]) -> Iterator[Crossing]:
+    def weights(
+        self, variables: Iterator[tuple[tuple[int, ...], Storage]], reducer: Reducer
+    ) -> Iterator[Crossing]:
         splits: set[tuple[str, ...]] = set()
-        for shape, stored in variables:
+        for (shape, stored), leaf in zip(variables, reducer.leaves, strict=True):
             size = local_elements(shape, stored, self.mesh)
             splits.add(tuple(a for a in AXES if a in axes_of(stored.stored)))
             axes = missing_axes(stored.spec)
             if stored.dim is not None:
                 piece, item = size // self.mesh.data, 4 if stored.dtype else self.item
-                yield self.one("weight gather", "", "all-gather", DATA, piece * item, 1)
+                operand = reducer.gather_operand(leaf, piece) or piece * item
+                yield self.one("weight gather", "", "all-gather", DATA, operand, 1)
+            compressed = reducer.crossings(leaf)
+            if compressed is not None:
+                for crossing in compressed:
+                    kind, over, operand = crossing[:3]
+                    whole = self.one("gradient reduction", "", kind, over, operand, 1)
+                    if len(crossing) == 5:  # among some of an axis only
+                        sent = sent_bytes(kind, crossing[4], operand)
+                        whole = replace(whole, part=crossing[3], sent=sent)
+                    yield whole
+                continue
+            if stored.dim is not None:
                 yield self.one("gradient reduction", "", "reduce-scatter", DATA, 4 * size, 1)
                 size, axes = piece, tuple(a for a in axes if a != DATA)
             yield self.one("gradient reduction", "", "all-reduce", axes, 4 * size, 1)
         for axes in splits:
             yield self.one("gradient norm", "", "all-reduce", axes, 4, 1)
+        if reducer.clips:
+            yield self.one("gradient norm", "", "all-reduce", (EXPERT, TENSOR), 4, 1)
         yield self.one("loss", "", "all-reduce", TOKEN_AXES, 4, 2)
+        if self.config.anomaly.active:
+            yield self.one("loss", "", "all-reduce", AXES, 8, 1)
 
     def model(self) -> Iterator[Crossing]:
         wide = self.tokens * self.model_config.d_model * self.item  # T·D·c
@@ -167,7 +194,7 @@ class _Formulas:
         """A collective of a layer's forward, and again for the backward if layers are rematted."""
         name, *rest = args
         yield self.one(name, "forward", *rest, **kwargs)
-        if self.model_config.remat != "none":
+        if self.sends_again:
             yield self.one(name, "recomputed", *rest, **kwargs)
 
     def attention(self, layer: LayerConfig, wide: int) -> Iterator[Crossing]:
@@ -203,15 +230,20 @@ class _Formulas:
                 yield self.one("MLP", "backward", "all-reduce", TENSOR, layer.d_model * self.item)
         if experts.shared_gate:
             yield self.one("experts", "backward", "all-reduce", TENSOR, 4 * layer.d_model)
+        if experts.sharing.rank is not None:  # how a basis is combined, of both projections
+            slots = num_slots(router.num_experts, self.mesh.expert)
+            for _ in range(2):
+                combinations = slots * experts.sharing.rank * self.item
+                yield self.one("experts", "backward", "all-reduce", TENSOR, combinations)
         wire = layer.moe.exchange.wire
         for columns in (wire.dispatch_dim, wire.combine_dim):
             projection = (columns or 0) * layer.d_model * self.item
             yield self.one("experts", "backward", "all-reduce", TENSOR, projection)
         if router.load_balance_coef or router.z_loss_coef:
-            counts = 4 * router.num_experts
+            counts = 4 * router.num_outputs
             yield from self.forward("router statistics", "all-reduce", TOKEN_AXES, counts)
         # Counts of each expert; losses, entropy, tokens; the exchange's seven counters.
-        reported = 4 * (router.num_experts + 4 + 7)
+        reported = 4 * (self.model_config.moe.router.num_experts + 4 + 7)
         yield self.one("metrics", "forward", "all-reduce", TOKEN_AXES, reported)
 
     def exchange(self, layer: LayerConfig, budget: Budget) -> Iterator[Crossing]:
@@ -232,7 +264,9 @@ class _Formulas:
         yield from self.level(layer, budget, chunks, outer - 1, "between hosts")
         # A further wave inside the first between hosts, and a first and a further one in the next.
         further = outer * inner - 1
-        yield from self.level(layer, budget.inside, chunks, further, "inside hosts")
+        # What goes home between hosts is kept, and with it what it was summed of.
+        spared = 0 if self.sends_again else inner - 1
+        yield from self.level(layer, budget.inside, chunks, further, "inside hosts", spared)
 
     def agreement_inside(self, outer: Budget, inner: Budget) -> Iterator[Crossing]:
         """Counts of what will arrive, for the counters and the number of waves."""
@@ -243,18 +277,25 @@ class _Formulas:
         known = replace(known, part="between hosts")
         yield known
         if not inner.single_wave:
-            if self.model_config.remat != "none":
+            if self.sends_again:
                 yield replace(known, phase="recomputed")
             yield from self.forward(
                 "number of waves", "all-reduce", TOKEN_AXES, 4 * outer.most_waves
             )
 
     def level(
-        self, layer: LayerConfig, budget: Budget, chunks: int, further: int, part: Part = ""
+        self,
+        layer: LayerConfig,
+        budget: Budget,
+        chunks: int,
+        further: int,
+        part: Part = "",
+        spared: int = 0,
     ) -> Iterator[Crossing]:
         """The rows of an exchange, or of one of its two levels.
 
-        `chunks` are those of the outer level, `further` its further waves if each loop turns once.
+        `chunks` are those of the outer level, `further` its further waves if each loop turns once;
+        `spared` of the first chunk's are not repeated where what was received is kept.
         Mode `remote` is counted as it runs without its kernel, with rows that nobody needs; of the
         bytes of rows the kernel sends the part that `Budget.moved_rows` expects.
         """
@@ -275,6 +316,8 @@ class _Formulas:
         def way(name: str, phase: Phase, operand: int, kind: Kind = "all-to-all") -> Crossing:
             extra = name == "further wave"
             often = times * (further if extra else 1)
+            if extra and phase == "recomputed":
+                often -= self.config.accumulate * spared
             sent = often * sent_bytes(kind, budget.devices, operand)
             return Crossing(name, phase, kind, (EXPERT,), often, sent, extra, part)
 
@@ -282,14 +325,14 @@ class _Formulas:
             return (way(name, phase, *part) for part in out)
 
         yield from outward("dispatch", "forward")
-        if self.model_config.remat != "none":
+        if self.sends_again:
             yield from outward("dispatch", "recomputed")
         yield way("dispatch", "backward", back)
         yield way("combine", "forward", home)
         yield way("combine", "backward", again)
         # A projection's gradient needs the outputs at home.
         twice = budget.wire.combine_dim is not None and self.model_config.remat != "none"
-        if twice:
+        if twice and self.sends_again:
             yield way("combine", "recomputed", home)
         if further:
             if twice:
@@ -306,23 +349,25 @@ class _Formulas:
         assert layer.moe is not None
         experts, wide = layer.moe.experts, layer.d_model
         hidden = experts.hidden // self.mesh.tensor
-        arrays = [wide * experts.num_in * hidden, hidden * wide]  # numbers of one expert
+        # Numbers of one expert; what experts share is everywhere.
+        own = experts.sharing.own(wide, experts.num_in, hidden, wide)
+        arrays = [math.prod(shape) for shape in own.values()]
         if experts.bias:
             arrays += [experts.num_in * hidden, wide]
         bucket, times = bucket_size(slots, self.mesh.expert), self.config.accumulate * waves
         for numbers in arrays:
             operand = self.mesh.expert * bucket * numbers * self.item
             way: tuple[Any, ...] = "all-to-all", EXPERT, operand, times, True
-            yield from self.forward("replica fetch", *way)
+            yield self.one("replica fetch", "forward", *way)
+            if self.model_config.remat != "none":  # so that one layer's copies are there at a time
+                yield self.one("replica fetch", "recomputed", *way)
             yield self.one("replica fetch", "backward", *way)
 
     def loss(self) -> Iterator[Crossing]:
-        tokens, chunk, again = self.tokens, self.config.loss_chunk, False
+        tokens, chunk = self.tokens, self.config.loss_chunk
         if chunk and chunk < tokens:
-            tokens, again = -(-tokens // chunk) * chunk, True
-        wide = tokens * self.model_config.d_model * self.item
-        yield self.one("logits", "backward", "all-reduce", TENSOR, wide)
-        # Largest logit, sum of exponentials, target's logit; the last needs no repetition.
+            tokens = -(-tokens // chunk) * chunk
+        wide = self.tokens * self.model_config.d_model * self.item
+        yield self.one("cross-entropy", "backward", "all-reduce", TENSOR, wide)
+        # Largest logit, sum of exponentials, target's logit.
         yield self.one("cross-entropy", "forward", "all-reduce", TENSOR, 3 * 4 * tokens)
-        if again:
-            yield self.one("cross-entropy", "recomputed", "all-reduce", TENSOR, 2 * 4 * tokens)

@@ -22,7 +22,14 @@ from sharding.gradients import missing_axes
 from sharding.mesh import DATA
 from sharding.specs import axes_of
 
-__all__ = ["Storage", "gather_weights", "scatter_gradients", "storage_of", "storage_tree"]
+__all__ = [
+    "Storage",
+    "gather_weights",
+    "scatter_gradients",
+    "storage_of",
+    "storage_tree",
+    "sum_to_piece",
+]
 
 SMALLEST = 1 << 14
 """Elements below which splitting saves nothing worth a collective."""
@@ -113,11 +120,21 @@ def scatter_gradients(grads: Any, storage: Any) -> Any:
     """
 
     def scatter(s: Storage, grad: jax.Array) -> jax.Array:
-        grad = grad.astype(jnp.float32)
-        axes = missing_axes(s.spec)
-        if s.dim is not None:
-            grad = lax.psum_scatter(grad, DATA, scatter_dimension=s.dim, tiled=True)
-            axes = tuple(a for a in axes if a != DATA)
-        return lax.psum(grad, axes) if axes else grad
+        return sum_to_piece(grad.astype(jnp.float32), missing_axes(s.spec), s.dim)
 
     return _map(scatter, storage, grads)
+
+
+def sum_to_piece(x: jax.Array, axes: Sequence[str], dim: int | None) -> jax.Array:
+    """The exact sum over `axes`, or this rank's piece of it along `data`.
+
+    Args:
+        x: local.
+        axes: mesh axes, with `data` where `dim` is given.
+        dim: the dimension that storage splits over `data`; None: the whole sum.
+    """
+    rest = tuple(axes)
+    if dim is not None:
+        x = lax.psum_scatter(x, DATA, scatter_dimension=dim, tiled=True)
+        rest = tuple(a for a in rest if a != DATA)
+    return lax.psum(x, rest) if rest else x

@@ -37,7 +37,9 @@ PATHS = {
     "shared_gate": ("shared_gate",),
     "u": ("projections", "u_DR"),
     "v": ("projections", "v_DR"),
+    **{name: ("bank", name) for name in ("w_shared", "w_basis_in", "w_basis_out", "c_in", "c_out")},
 }
+AT_HOME = ("w_in", "w_out", "b_in", "b_out", "c_in", "c_out")
 
 
 def random_weights(rng: np.random.Generator, config: MoEConfig, d_model: int) -> dict:
@@ -140,7 +142,7 @@ class ShardedLayer:
             if name in weights:
                 leaf = get(pure, path)
                 value = weights[name]
-                if path[0] == "bank":
+                if name in AT_HOME:
                     value = np.zeros(leaf.shape, np.float32)
                     value[self.home] = weights[name]
                 get(pure, path[:-1])[path[-1]] = jnp.asarray(value)
@@ -153,7 +155,7 @@ class ShardedLayer:
         pure, out = nnx.to_pure_dict(grads), {}
         for name in names:
             value = np.asarray(get(pure, PATHS[name]))
-            if PATHS[name][0] == "bank":
+            if name in AT_HOME:
                 assert not np.delete(value, self.home, axis=0).any(), f"{name}: padding slots"
                 value = value[self.home]
             out[name] = value

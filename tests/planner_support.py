@@ -14,6 +14,14 @@ from moejax.config import (
     WireConfig,
 )
 from moejax.training.config import DataConfig, TrainConfig
+from moejax.training.residuals import make_reducer
+from moejax.training.state import Blueprint
+from sharding.compression.config import GradCompression
+from sharding.device_kinds import Hardware
+from sharding.local_weights import weights_of
+from sharding.mesh import MeshShape, abstract_mesh
+from sharding.step_time import predict_step
+from sharding.traffic_formulas import expected_collectives
 
 
 def run_config(
@@ -178,6 +186,36 @@ CASES = {
             model={"compute_dtype": "float32"},
         ),
     ),
+    "gradients of 4 bits with feedback, weights gathered in 8": (
+        (2, 4, 2),
+        run_config(
+            model={"scan_layers": True, "remat": "layer"},
+            train={
+                "accumulate": 2,
+                "grad_compression": GradCompression(
+                    "int4", rounding="error_feedback", weight_gather="int8"
+                ),
+            },
+        ),
+    ),
+    "gradients of low rank": (
+        (4, 2, 1),
+        run_config(train={"grad_compression": GradCompression("low_rank", rank=2)}),
+    ),
+    "the largest numbers of gradients": (
+        (4, 2, 1),
+        run_config(
+            model={"scan_layers": True},
+            train={"grad_compression": GradCompression("top_k", density=0.05)},
+        ),
+    ),
+    "gradients of 8 bits between two hosts": (
+        (4, 2, 1),
+        run_config(
+            model={"num_layers": 1, "tie_embeddings": True},
+            train={"grad_compression": GradCompression("int8", hosts=2)},
+        ),
+    ),
     "data alone": ((8, 1, 1), run_config(model={"scan_layers": True, "remat": "layer"})),
     "one device": ((1, 1, 1), run_config()),
 }
@@ -186,3 +224,13 @@ CASES = {
 def assert_columns(text: str) -> None:
     assert max(map(len, text.splitlines())) <= 100, text
     assert not re.search(r"[ \t]$", text, re.M)
+
+
+def predicted(config: TrainConfig, mesh: MeshShape, on: Hardware):
+    """By formulas alone, so that nothing is traced."""
+    blueprint = Blueprint(config.model, abstract_mesh(mesh))
+    reducer = make_reducer(blueprint, config)
+    params, storage = blueprint.params, blueprint.storage
+    sent = expected_collectives(config, mesh, params, storage, reducer)
+    weights = weights_of(config, mesh, params, storage)
+    return predict_step(config, mesh, weights, sent, on)

@@ -73,6 +73,7 @@ def test_scores_of_another_dtype_are_refused(scores):
         jax.eval_shape(partial(call, assignments=0), *shapes, *layout)
 
 
+@pytest.mark.slow
 def test_kept_rows_do_not_overlap_and_have_room(rng):
     for _ in range(50):
         groups = int(rng.integers(1, 40))

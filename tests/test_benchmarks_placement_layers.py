@@ -24,7 +24,8 @@ def test_the_router_chooses_what_the_trace_says(rng):
 @pytest.mark.slow
 def test_all_programs_agree(rng):
     """Outputs of all placements are those at home, loads and rows are counted, all is timed."""
-    flags = ["--tiny", "--tokens", "32", "--rounds", "1", "--modes", "ring", "--shapes", "olmoe"]
+    flags = ["--tiny", "--tokens", "32", "--rounds", "1", "--modes", "ring"]
+    flags += ["--shapes", "olmoe", "--generated", "generated"]
     args, mesh = placement_layers.parse(flags), make_mesh(MeshShape(expert=4))
     ((*names, shape, trace),) = placement_layers.cases(args, mesh.size)
     found = {}

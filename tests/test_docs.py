@@ -1,19 +1,19 @@
 """README and docs: figures up to date, links and file names resolve, the example runs."""
 
-import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from docs_support import load, run_example
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
     ROOT / "benchmarks" / "README.md",
+    ROOT / "examples" / "README.md",
 ]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"```.*?```", re.DOTALL)
@@ -26,15 +26,8 @@ def is_there(name):
     """A path from the root, a pattern for one (NAME), or the bare name of a module."""
     if "NAME" in name or (ROOT / name).exists():
         return True
-    folders = ("moejax", "sharding", "pallas_kernels", "tests", "benchmarks")
+    folders = ("moejax", "sharding", "pallas_kernels", "tests", "benchmarks", "examples")
     return "/" not in name and any(any((ROOT / f).rglob(name)) for f in folders)
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -137,27 +130,25 @@ def test_kernels_are_drawn_the_same_twice(monkeypatch, tmp_path):
     assert once == twice and once.count(b"<path") > 50
 
 
-def test_the_picture_is_drawn(monkeypatch, tmp_path):
-    draw = load("draw_token")
-    monkeypatch.setattr(draw, "PICTURE", tmp_path / "token.png")
+@pytest.mark.parametrize("name", ["token", "waves", "offload_step"])
+def test_pictures_are_drawn(monkeypatch, tmp_path, name):
+    draw = load(f"draw_{name}")
+    monkeypatch.setattr(draw, "PICTURE", tmp_path / "drawn.png")
     draw.main()
-    assert (tmp_path / "token.png").read_bytes().startswith(b"\x89PNG")
-    assert (ROOT / "docs" / "img" / "token.png").stat().st_size < 200_000
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs" / "img" / f"{name}.png").stat().st_size < 200_000
+
+
+def test_the_picture_of_waves_shows_an_overflow():
+    draw = load("draw_waves")
+    counts = [len(tokens) for tokens in draw.rows_of_devices()]
+    assert len(counts) == draw.DEVICES and min(counts) < draw.ROWS < max(counts) <= draw.TOKENS
 
 
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    script = tmp_path / "example.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + example)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"JAX_PLATFORMS": "cpu", "PATH": ""},
-    )
-    loss, assignments, home, away = map(float, re.findall(r"[\d.]+\d|\d", done.stdout))
+    told = run_example("README.md", tmp_path)
+    loss, assignments, home, away = map(float, re.findall(r"[\d.]+\d|\d", told))
     assert loss < 0.2 and assignments == 400
     # 2.91 devices a token, a quarter of them its own.
     assert 230 < home + away < 330 and 40 < home < 100

@@ -79,7 +79,9 @@ def test_routings(rng, operation, backend):
             assert all(a.tobytes() == again[name].tobytes() for name, a in results.items())
 
 
-@pytest.mark.parametrize("backend", ["mosaic_gpu", *each(["mosaic_tpu"])])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("mosaic_gpu", marks=pytest.mark.slow), *each(["mosaic_tpu"])]
+)
 def test_without_gradient(rng, backend):
     """Few rows a slot: tiles that are nearly empty are not loaded or stored whole."""
     width = 64 if backend == "mosaic_gpu" else WIDTH

@@ -41,6 +41,7 @@ def check_narrow(rng, config, routings=("random", "one_device", "one_token")):
     return waves, sharded.layer.budget(TOKENS)
 
 
+@pytest.mark.slow
 def test_narrow_rows_in_chunks_between_hosts(rng):
     """Buckets of 3 rows at both levels and of each of two chunks; biases, a gated shared expert."""
     config = hierarchical(2, 10, 3, "all_to_all", 3, chunks=2, **FULL)

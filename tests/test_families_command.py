@@ -6,13 +6,11 @@ import io
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 from families_support import draw_tokens, load_hf, run_hf
 from inference_support import CONFIG, random_weights
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
 from run_support import kept_programs, run, write_text
 
 from moejax import progress
@@ -20,13 +18,13 @@ from moejax.config import AttentionConfig, RouterConfig
 from moejax.data.tokenizer import Tokenizer
 from moejax.families.__main__ import main
 from moejax.families.export import save_hf_folder
+from moejax.inference.forward import Forward
 from moejax.inference.model_folder import save_model_folder
 from moejax.inference.source import open_model
 from moejax.training import session
 from moejax.training.rundir import RunDir
-from moejax.training.state import Blueprint, load_weights
+from moejax.training.state import Blueprint
 from sharding.mesh import MeshShape, make_mesh
-from sharding.specs import specs_of
 
 SHRUNK = [
     *("--model.d-model", 32, "--model.num-layers", 2, "--model.max-context", 32, "--vocab", 300),
@@ -88,24 +86,6 @@ def refusal(*argv):
     return err
 
 
-def our_logits(folder, tokens_BS):
-    """Logits [B, S, V] of a model of ours on one device, in float32."""
-    source = open_model(folder)
-    config = dataclasses.replace(source.config, compute_dtype="float32")
-    blueprint = Blueprint(config, make_mesh(MeshShape()))
-    weights = load_weights(source.weights(blueprint), blueprint, jnp.float32)
-
-    def logits(params, biases, tokens_BS):
-        model = blueprint.merge(params, biases)
-        return model.logits(model(tokens_BS, inference=True).hidden_BSD)
-
-    specs = (specs_of(blueprint.params), blueprint.bias_specs, P())
-    mapped = jax.shard_map(
-        logits, mesh=blueprint.mesh, in_specs=specs, out_specs=P(), check_vma=False
-    )
-    return np.asarray(jax.jit(mapped)(*weights, tokens_BS))[..., : config.vocab_size]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_trained_models_open_in_transformers(text, tmp_path, rng, preset):
@@ -121,7 +101,8 @@ def test_trained_models_open_in_transformers(text, tmp_path, rng, preset):
     assert model.config.model_type == family
     tokens_BS = draw_tokens(model, rng)
     wanted = run_hf(model, tokens_BS)[2]
-    np.testing.assert_allclose(our_logits(path, tokens_BS), wanted, rtol=1e-4, atol=1e-4)
+    found = Forward(open_model(path))(tokens_BS)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
     tokenizer = RunDir(path).load_tokenizer()
     assert json.loads((out / "generation_config.json").read_text()) == {
         "eos_token_id": tokenizer.eos_id

@@ -20,6 +20,7 @@ from moejax.config import (
 )
 from moejax.data.pipeline import HeldOutWindows
 from moejax.placement.arrays import from_slots, slots_at_home
+from moejax.placement.choice import FEW
 from moejax.placement.choice_reference import reference
 from moejax.placement.controller import stacked
 from moejax.placement.topology import Topology
@@ -78,8 +79,9 @@ def run_case(rng, shape, config, slots, hosts, max_replicas=None):
     # Each row along `data` is a batch of its own.
     source = np.repeat(np.arange(devices), TOKENS)
     topology = Topology(devices, len(slots) // devices, hosts)
+    correct = TOKENS * config.router.top_k >= FEW * topology.slots
     where = [
-        reference(e, slots, topology, source, devices_NG=open_G)
+        reference(e, slots, topology, source, correct, open_G)
         for e, open_G in zip(np.split(want.experts, shape[0]), np.split(open_NG, shape[0]))
     ]
     where = np.concatenate(where)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from model_support import check_replicas, mesh_of, shard_map
 
 from moejax.model.embedding import PADDING_LOGIT, vocabulary_logits
-from moejax.model.loss import hidden_nll, token_nll
+from moejax.model.loss import hidden_nll, summed_nll, token_nll
 
 B, S, D, V, V_PAD = 2, 7, 16, 50, 64
 
@@ -83,6 +83,59 @@ def test_hidden_nll_in_chunks(tensor, chunk, rng):
     np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_hidden, d_logits @ w64.T, atol=1e-4)
     np.testing.assert_allclose(d_w, np.einsum("bsd,bsv->dv", x64, d_logits), atol=1e-4)
+
+
+def summed_case(tensor, chunk, hidden, w, targets, scale, factor=1.0):
+    """The sum and its gradients, times a factor, through `summed_nll`."""
+
+    def local(hidden, w, targets):
+        def share(hidden, w):
+            total = summed_nll(hidden, w, targets, vocab_size=V, scale=scale, chunk=chunk)
+            return factor * total
+
+        alone = summed_nll(hidden, w, targets, vocab_size=V, scale=scale, chunk=chunk)
+        total, grads = jax.value_and_grad(share, (0, 1))(hidden, w)
+        return alone, total, *grads
+
+    split = P(None, "tensor")
+    run = shard_map(local, mesh_of(tensor=tensor), (P(), split, P()), (P(), P(), P(), split))
+    alone, total, d_hidden, d_w = run(hidden, w, targets)
+    check_replicas((alone, total, d_hidden))
+    np.testing.assert_allclose(alone * factor, total, rtol=1e-6)
+    return total, d_hidden, d_w
+
+
+@pytest.mark.parametrize(
+    ("tensor", "chunk", "factor"), [(1, None, 1.0), (2, 4, -2.5), (4, 20, 1.0)]
+)
+def test_the_sum_has_its_gradients_from_the_forward(tensor, chunk, factor, rng):
+    hidden = rng.normal(size=(B, S, D)).astype(np.float32)
+    w = rng.normal(size=(D, V_PAD)).astype(np.float32)
+    targets = rng.integers(0, V, size=(B, S)).astype(np.int32)
+    total, d_hidden, d_w = summed_case(tensor, chunk, hidden, w, targets, 0.25, factor)
+
+    x64, w64 = hidden.astype(np.float64), w.astype(np.float64)
+    nll, d_logits = oracle(np.where(np.arange(V_PAD) < V, x64 @ w64, -np.inf), targets)
+    d_logits *= 0.25 * factor
+    np.testing.assert_allclose(total, 0.25 * factor * nll.sum(), rtol=1e-5)
+    np.testing.assert_allclose(d_hidden, d_logits @ w64.T, atol=1e-4)
+    np.testing.assert_allclose(d_w, np.einsum("bsd,bsv->dv", x64, d_logits), atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [None, 100])
+def test_the_sum_in_bfloat16_is_as_good_as_the_tokens(chunk, rng):
+    hidden = jnp.asarray(rng.normal(size=(1, 512, D)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(D, V_PAD)) * 0.3, jnp.bfloat16)
+    targets = rng.integers(0, V, size=(1, 512)).astype(np.int32)
+    _, *sums = summed_case(1, chunk, hidden, w, targets, 1 / 512)
+    _, *tokens = hidden_case(1, chunk, hidden, w, targets, np.full((1, 512), 1 / 512, np.float32))
+    x64, w64 = np.asarray(hidden, np.float64), np.asarray(w, np.float64)
+    _, d_logits = oracle(np.where(np.arange(V_PAD) < V, x64 @ w64, -np.inf), targets)
+    wanted = d_logits @ w64.T / 512, np.einsum("bsd,bsv->dv", x64, d_logits) / 512
+    for got, peer, want in zip(sums, tokens, wanted, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error, other = (np.linalg.norm(np.asarray(a, np.float64) - want) for a in (got, peer))
+        assert error < 1.1 * other and error < 0.01 * np.linalg.norm(want)
 
 
 def test_chunks_of_bfloat16_sum_the_weights_gradient_in_float32(rng):

@@ -32,6 +32,7 @@ from moejax.model import block
 from moejax.model.canonical import canonical, from_canonical
 from moejax.model.decoder import Decoder, check_mesh
 from moejax.model.groups import layer_groups
+from pallas_kernels.tuning.lookup import use_table
 from sharding.mesh import TOKEN_AXES, MeshShape
 
 S, D = 8, 32
@@ -104,7 +105,7 @@ def test_scanned_unrolled_and_rematerialised_layers_agree(rng):
 
     drawn = canonical(randomize(shapes(mixed_config())[1], rng))
     results = []
-    for scan, remat in [(False, "none"), (True, "layer")]:
+    for scan, remat in [(False, "none"), (True, "layer"), (True, "local")]:
         graphdef, state = shapes(mixed_config(scan_layers=scan, remat=remat))
         state = from_canonical(drawn, state)
         specs = (P(), P(), P())
@@ -181,3 +182,28 @@ def test_check_mesh_names_the_axis_and_the_width():
             check_mesh(broken, shape)
     with pytest.raises(UserError, match="num_kv_heads=6"):
         Decoder(config, MeshShape(tensor=8), nnx.Rngs(0))
+
+
+def test_another_table_of_kernels_is_another_trace(rng, monkeypatch):
+    """Equal layers share a trace, but not with calls for which kernels are cut up otherwise."""
+    config = dataclasses.replace(mixed_config(), scan_layers=False)
+    graph, state = nnx.split(Decoder(config, MeshShape(), nnx.Rngs(params=0)))
+    mesh, tokens = mesh_of(), jnp.asarray(rng.integers(0, 20, (1, S)), jnp.int32)
+    traced, call = [], block.Block.__call__
+    monkeypatch.setattr(
+        block.Block, "__call__", lambda self, *a, **k: traced.append(1) or call(self, *a, **k)
+    )
+
+    def traces():
+        def forward(state, tokens):
+            return nnx.merge(graph, state)(tokens).hidden_BSD
+
+        traced.clear()
+        mapped = shard_map(forward, mesh=mesh, in_specs=(P(), BATCH), out_specs=BATCH)
+        jax.eval_shape(mapped, state, tokens)
+        return len(traced)
+
+    assert traces() == 3  # dense, with experts 2 of a token, and 1
+    assert traces() == 0
+    with use_table(None):
+        assert traces() == 3

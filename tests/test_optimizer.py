@@ -106,6 +106,33 @@ def test_only_matrices_decay(rng):
         np.testing.assert_allclose(value, start[name] * np.float64(factor), rtol=1e-6, err_msg=name)
 
 
+def test_given_squares(rng):
+    """Of one parameter the gradient is the first moment, and squares make the second."""
+    config = OptimizerConfig(clip_norm=0.5, weight_decay=0.3, b1=0.8, b2=0.9, eps=1e-6)
+    start = draw(rng)
+    name = next(n for n in SHAPES if n.startswith("w"))
+    specs = nnx.State({n: P() for n in SHAPES})
+    masters, moments, other = state(start), init_moments(state(start)), None
+    weight, nu = start[name].astype(np.float64), np.zeros(start[name].shape)
+    for step, rate in enumerate((0.1, 0.05, 0.2)):
+        grad, square = draw(rng, 3.0), rng.random(start[name].shape).astype(np.float32)
+        path = next(p for p, _ in nnx.to_flat_state(masters) if p[-1] == name)
+        args = (config, jnp.float32(rate), jnp.int32(step), masters, moments, state(grad), specs)
+        plain, _, _ = adamw_update(*args)
+        masters, moments, norm = adamw_update(*args, {path: square})
+        for n in set(SHAPES) - {name}:  # the others are Adam's, whatever is given
+            assert np.array_equal(arrays(plain)[n], arrays(masters)[n])
+        scale = min(1.0, config.clip_norm / (float(norm) + 1e-6))
+        nu = config.b2 * nu + (1 - config.b2) * scale**2 * square
+        unbiased = nu / (1 - config.b2 ** (step + 1))
+        update = scale * grad[name] / (np.sqrt(unbiased) + config.eps)
+        weight = weight - rate * (update + config.weight_decay * weight)
+        np.testing.assert_allclose(arrays(masters)[name], weight, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(arrays(moments[1])[name], nu, rtol=2e-5)
+        other = plain
+    assert not np.allclose(arrays(other)[name], weight)
+
+
 # ── schedules ────────────────────────────────────────────────────────────────
 
 

@@ -92,6 +92,7 @@ def test_finds_the_optimum(rng, experts, topology, cap):
             assert min(load for _, load in found) <= load.min() * 1.01
 
 
+@pytest.mark.slow
 def test_few_moves_by_brute_force(rng):
     experts, topology = 7, Topology(3, 3)
     statistics = random_statistics(rng, 4, experts)

@@ -59,7 +59,10 @@ def replicated(rng) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize("sizes, scan_layers", [((1, 4, 1), False), ((2, 4, 1), True)])
+@pytest.mark.parametrize(
+    "sizes, scan_layers",
+    [pytest.param((1, 4, 1), False, marks=pytest.mark.slow), ((2, 4, 1), True)],
+)
 def test_placement_changes_nothing_and_compiles_nothing(rng, start, sizes, scan_layers):
     config = config_of(scan_layers)
     blueprint = blueprint_of(config, sizes)
@@ -142,10 +145,8 @@ def fetched(state, blueprint, slots_LP):
     return found
 
 
-@pytest.mark.parametrize(
-    "sizes, remat",
-    [((1, 4, 1), "none"), pytest.param((2, 4, 1), "layer", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes, remat", [((1, 4, 1), "none"), ((2, 4, 1), "layer")])
 def test_twenty_steps_with_replicas_and_a_migration(rng, sizes, remat):
     """Replicas from the start, others from step 10 on: the run without any, to 1e-5."""
     config = config_of(sizes[0] > 1)

@@ -33,6 +33,7 @@ def looks(path):
     return [json.loads(line) for line in (path / "placement.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_placed_run_learns_what_a_run_at_home_does(flags, tmp_path, caplog):
     home, placed = tmp_path / "home", tmp_path / "placed"
     code, _, err = run(*flags, "--run", home)

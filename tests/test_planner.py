@@ -203,14 +203,15 @@ def one_device(config: TrainConfig) -> Blueprint:
     return Blueprint(config.model, abstract_mesh(MeshShape()))
 
 
-def test_recomputed_flops():
+@pytest.mark.parametrize("remat", ["layer", "local", "dots"])
+def test_recomputed_flops(remat):
     config = run_config(
         router={"num_experts": 16},
         model={"vocab_size": 192, "compute_dtype": "float32"},
         batch_size=1,
         seq_len=8,
     )
-    again = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="layer"))
+    again = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     extra = sum(
         sign * dot_flops(trace_step(one_device(c), c).jaxpr)
         for sign, c in ((1, again), (-1, config))

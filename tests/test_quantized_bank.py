@@ -77,7 +77,8 @@ def test_gaps_between_rows_are_not_read(rng, rows):
         moe = build(make_mesh(MeshShape(expert=3)), config)
         moe.layer.quantize_experts("float8_e4m3fn", rows=rows)
         found.append(output(moe, x[:30]))
-    np.testing.assert_array_equal(*found)
+    # Two programs: a product may be rounded before it is added in one, and not in the other.
+    np.testing.assert_allclose(*found, rtol=0, atol=2.0**-21 * np.abs(found[0]).max())
     assert np.isfinite(found[1]).all()
 
 

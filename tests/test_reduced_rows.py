@@ -121,11 +121,14 @@ def test_as_many_columns_change_nothing(rng):
     rotations = {"u": orthonormal(rng, D), "v": orthonormal(rng, D)}
     sharded = sharded_layer((1, 1, 1), with_wire(config, dispatch_dim=D, combine_dim=D), D, 8)
     y, loss, _, grads, _ = sharded(weights | rotations, x, ct, mask)
-    assert relative_error(y, want.y) < 1e-6 and abs(loss - want.loss) < 1e-5
+    assert relative_error(y, want.y) < 1e-6
+    assert abs(loss - want.loss) < 3e-7 * np.abs(want.y * ct).sum()  # a sum whose terms cancel
     for name, value in want.grads.items():
         assert relative_error(grads[name], value, want.scales.get(name)) < BOUND, name
-    y, *_ = sharded(weights | rotations, x.astype(ml_dtypes.bfloat16), ct, mask)
-    assert y.dtype == ml_dtypes.bfloat16 and 1e-3 < relative_error(y, want.y) < 3e-2
+    x = x.astype(ml_dtypes.bfloat16)  # rounded for the oracle too: other tokens, other experts
+    want = run_oracle(config, weights, x, ct, mask)
+    y, *_ = sharded(weights | rotations, x, ct, mask)
+    assert y.dtype == ml_dtypes.bfloat16 and 1e-3 < relative_error(y, want.y) < 2e-2
 
 
 def test_narrow_rows_are_rounded(rng):

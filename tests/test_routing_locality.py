@@ -117,7 +117,7 @@ def program(router, locality, hosts, home=False):
         grad, found = jax.grad(total, has_aux=True)(logits_TE)
         slots_TK = found.experts_TK
         if placement is not None:
-            slots_TK = place(found.experts_TK, placement, S, hosts, found.devices_TG)
+            slots_TK = place(found.experts_TK, placement, S, hosts, found.devices_TG, few=0)
         return grad, found, slots_TK, distances(placement, E, G, hosts)
 
     axes = (0, 0, 0, None) if home else (0, 0, 0, None, None)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from rundir_support import Sgd, Train, one_line
 
+import train
 from moejax.config import ExchangeConfig, LocalityConfig, ModelConfig, MoEConfig, RouterConfig
 from moejax.errors import UserError
+from moejax.presets import tiny
 from moejax.training.config_json import config_differences, config_from_json, config_to_json
 from moejax.training.rundir import RunDir
 
@@ -146,6 +148,23 @@ def test_model_is_bound_and_the_rest_may_change(tmp_path):
         assert "model.moe.router.num_experts is 8 there and 16 here" in text
         assert "head_dim" not in text
         assert run.config_path.read_bytes() == before
+
+
+def test_how_layers_run_may_change(tmp_path):
+    """Scanning and recomputing belong to the machine; what the weights are does not."""
+    config = tiny()
+    with RunDir.create_or_open(tmp_path) as run:
+        run.bind_config(config, train.FIXED, train.FREE)
+        for change, free in (
+            ({"scan_layers": True, "remat": "layer"}, True),
+            ({"num_layers": 5}, False),
+        ):
+            other = dataclasses.replace(config, model=dataclasses.replace(config.model, **change))
+            if free:
+                assert run.check_config(other, train.FIXED, train.FREE) is True
+                continue
+            with pytest.raises(UserError, match=r"model\.num_layers is 4 there and 5 here"):
+                run.check_config(other, train.FIXED, train.FREE)
 
 
 def test_config_missing_or_broken(tmp_path):

@@ -88,7 +88,7 @@ def test_distribution_under_all_filters(rng):
     assert checked >= 20
 
 
-@pytest.mark.parametrize("size", [1, 2, 1000, 5003])
+@pytest.mark.parametrize("size", [1, 2, 1000, pytest.param(5003, marks=pytest.mark.slow)])
 def test_what_the_filters_keep_of_larger_vocabularies(rng, size):
     """Drawn hot, so that every id that is kept may come: none other does, and the last one does."""
     for params in (

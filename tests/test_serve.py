@@ -291,8 +291,9 @@ def test_an_engine_that_breaks(monkeypatch, capfd):
         monkeypatch.setattr(served.loop.engine, "step", broken)
         thread.join(30)
         assert found[0][0] == 500 and found[0][1]["error"]["code"] == "engine_failed"
-        # The server ends by itself.
-        assert served.server.stopping and isinstance(served.loop.failure, RuntimeError)
+        # The server ends by itself, a moment after it has answered.
+        wait_until(lambda: served.server.stopping)
+        assert isinstance(served.loop.failure, RuntimeError)
         with pytest.raises(UserError, match="no more requests"):
             served.loop.submit([[1]], SamplingParams(), print)
     assert "a device is gone" in capfd.readouterr().err

@@ -105,9 +105,9 @@ def test_clipping_counts_every_parameter_once(in_pieces, one_device):
 # ── ways to compute the same ─────────────────────────────────────────────────
 
 
-def plain(**changes):
+def plain(scan_layers=False, remat="none", **changes):
     """Equal layers without the load-balance loss, which is not linear in the batch."""
-    model = {"top_k_by_layer": (), "scan_layers": changes.pop("scan_layers", False)}
+    model = {"top_k_by_layer": (), "scan_layers": scan_layers, "remat": remat}
     return make_config(model=model, router={"load_balance_coef": 0.0}, **changes)
 
 
@@ -117,8 +117,12 @@ def plain_run(start):
 
 
 def test_scanned_layers_with_further_waves(start, plain_run):
-    """Scanned over 2 × 2 × 2 with buckets so small that rows travel in further waves."""
-    run = train(plain(scan_layers=True, bucket_rows=5), (2, 2, 2), start, TOKENS)
+    """Scanned over 2 × 2 × 2 with buckets so small that rows travel in further waves.
+
+    What layers have received is kept for the backward.
+    """
+    config = plain(scan_layers=True, remat="local", bucket_rows=5)
+    run = train(config, (2, 2, 2), start, TOKENS)
     assert any(group.scanned for group in run.blueprint.groups)
     assert min(m["moe"].counters.waves.min() for m in run.metrics) >= 2
     assert_same_training(run, plain_run)

@@ -173,7 +173,11 @@ def unlike(asked):
     }
 
 
-@pytest.mark.parametrize("work", [small_layer(False), small_products(False)], ids=["layer", "rows"])
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(small_layer(False), marks=pytest.mark.slow), small_products(False)],
+    ids=["layer", "rows"],
+)
 def test_results_do_not_depend_on_the_table(work):
     compare_with_and_without(work)
 

@@ -97,9 +97,8 @@ def test_what_looked_better_and_fails_with_others_is_taken_out():
     assert all(finding.ms == finding.heuristic_ms for finding in found.values())
 
 
-@pytest.mark.parametrize(
-    "backward", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "backward"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_layer_is_tuned(backward):
     """The search on the kernels themselves, interpreted, with made-up times."""
     if backward and OLD:

@@ -163,8 +163,15 @@ def build(mesh, wire, mode):
 BOUNDS = {"int8": 0.02, "float8": 0.07, "int4": 0.35}
 
 
-@pytest.mark.parametrize("mode", ["all_to_all", "ring", "remote"])
-@pytest.mark.parametrize("form", LOSSY)
+# Every mode and every format in the first tier, every pair of them in the second.
+PAIRS = [
+    pytest.param(mode, form, marks=() if j == i else pytest.mark.slow)
+    for i, mode in enumerate(("all_to_all", "ring", "remote"))
+    for j, form in enumerate(BOUNDS)
+]
+
+
+@pytest.mark.parametrize(("mode", "form"), PAIRS)
 def test_a_layer(rng, mode, form):
     """Output and gradients are off by rounding, not more, and nothing is zero; several waves."""
     mesh = make_mesh(MeshShape(data=2, expert=4))

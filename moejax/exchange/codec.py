@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from moejax.config import WireFormat
 from pallas_kernels.precision import precision_of
 
-__all__ = ["BLOCK", "decode", "encode", "encoded_bytes", "layout"]
+__all__ = ["BLOCK", "decode", "encode", "encoded_bytes", "layout", "rotated"]
 
 BLOCK = 128
 _LARGEST = {"int8": 127.0, "float8": 448.0, "int4": 7.0}
@@ -54,7 +54,8 @@ def _hadamard() -> np.ndarray:
     return matrix / np.float32(np.sqrt(BLOCK))
 
 
-def _rotated(x_MBC: jax.Array) -> jax.Array:
+def rotated(x_MBC: jax.Array) -> jax.Array:
+    """Blocks [M, blocks, 128] times the Hadamard matrix, which is its own inverse."""
     return jnp.matmul(x_MBC, jnp.asarray(_hadamard()), precision=precision_of(x_MBC.dtype))
 
 
@@ -77,7 +78,7 @@ def encode(x_MD: jax.Array, wire_format: WireFormat, *, rotate: bool = False) ->
         return [x_MD]
     rows, width = x_MD.shape
     x_MBC = _blocks(x_MD)
-    x_MBC = _rotated(x_MBC) if rotate else x_MBC
+    x_MBC = rotated(x_MBC) if rotate else x_MBC
     largest = _LARGEST[wire_format]
     most_MB = jnp.max(jnp.abs(x_MBC), axis=2)
     scale_MB = most_MB / largest
@@ -113,5 +114,5 @@ def decode(
         pairs = jnp.stack([values & jnp.uint8(15), values >> 4], axis=2)
         values = pairs.reshape(values.shape[0], -1)[:, :d_model].astype(jnp.int8) - jnp.int8(8)
     x_MBC = _blocks(values) * scale_MB[:, :, None]
-    x_MBC = _rotated(x_MBC) if rotate else x_MBC
+    x_MBC = rotated(x_MBC) if rotate else x_MBC
     return x_MBC.reshape(values.shape[0], -1)[:, :d_model].astype(dtype)

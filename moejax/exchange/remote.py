@@ -18,6 +18,7 @@ from moejax.exchange.budget import Budget
 from moejax.exchange.codec import decode, encode
 from moejax.exchange.wire import travel
 from pallas_kernels.exchange.push import push_rows, sum_devices
+from pallas_kernels.exchange.received import received
 from pallas_kernels.fused_experts.remote import PushedRows, group_slots
 from pallas_kernels.route.api import sorted_places
 from sharding import collectives
@@ -121,8 +122,8 @@ def _push_encoded(
     dtype,
 ) -> jax.Array:
     encoded = encode(x_ND, form, rotate=wire.rotate)
-    received = travel(encoded, lambda part: push_rows(part, entries_M, axis, tokens))
-    return decode(received, form, x_ND.shape[1], dtype, rotate=wire.rotate)
+    arrived = travel(encoded, lambda part: received(push_rows(part, entries_M, axis, tokens)))
+    return decode(arrived, form, x_ND.shape[1], dtype, rotate=wire.rotate)
 
 
 def _push_home(
@@ -148,12 +149,13 @@ def spread_rows(x_TD: jax.Array, routes: Routes, axis: str, wire: WireConfig) ->
     Returns:
         [G·T, D] in x's dtype; rows that nobody sent hold anything.
     """
-    tokens = x_TD.shape[0]
-    return _push_encoded(x_TD, routes.out_M, tokens, axis, wire, wire.dispatch, x_TD.dtype)
+    return _spread_fwd(x_TD, routes, axis, wire)[0]
 
 
 def _spread_fwd(x_TD, routes, axis, wire):
-    return spread_rows(x_TD, routes, axis, wire), routes
+    tokens, form = x_TD.shape[0], wire.dispatch
+    x_RD = _push_encoded(x_TD, routes.out_M, tokens, axis, wire, form, x_TD.dtype)
+    return x_RD, routes
 
 
 def _spread_bwd(axis, wire, routes, ct_RD):
@@ -178,11 +180,12 @@ def collect_rows(y_RD: jax.Array, routes: Routes, axis: str, wire: WireConfig) -
         float32 [T, D]; zero for tokens that did not travel. The backward's cotangent [G·T, D] holds
         anything in rows that nobody needs.
     """
-    return _push_home(y_RD, routes, axis, wire, wire.combine)
+    return _collect_fwd(y_RD, routes, axis, wire)[0]
 
 
 def _collect_fwd(y_RD, routes, axis, wire):
-    return collect_rows(y_RD, routes, axis, wire), (routes, jnp.zeros((), y_RD.dtype))
+    y_TD = _push_home(y_RD, routes, axis, wire, wire.combine)
+    return y_TD, (routes, jnp.zeros((), y_RD.dtype))
 
 
 def _collect_bwd(axis, wire, residuals, ct_TD):

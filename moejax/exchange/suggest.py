@@ -77,6 +77,7 @@ def _kernels_send_rows(config: MoEConfig, machine: Machine, dtype: str) -> bool:
     """Whether mode `remote` runs as it is predicted."""
     exchange = config.exchange
     exact = all(form == "compute" for form in exchange.wire.formats)
+    exact = exact and config.experts.together == 1
     one_host = exchange.host_devices is None
     return machine.hopper and dtype == "bfloat16" and exact and one_host and not config.experts.bias
 

@@ -155,14 +155,14 @@ def exchange_rows(
     Returns:
         The same three for the rows received, bucket g from device g.
     """
-    others = (scores_MJ, ids_MJ)
-    sent = _exchange_encoded(rows_MD, others, axis, wire, wire.dispatch, rows_MD.dtype)
-    rows, scores, ids = sent
-    return rows, scores, ids
+    return _exchange_fwd(rows_MD, scores_MJ, ids_MJ, axis, wire)[0]
 
 
 def _exchange_fwd(rows_MD, scores_MJ, ids_MJ, axis, wire):
-    return exchange_rows(rows_MD, scores_MJ, ids_MJ, axis, wire), None
+    others = (scores_MJ, ids_MJ)
+    sent = _exchange_encoded(rows_MD, others, axis, wire, wire.dispatch, rows_MD.dtype)
+    rows, scores, ids = sent
+    return (rows, scores, ids), None
 
 
 def _exchange_bwd(axis, wire, _, cts):
@@ -187,12 +187,13 @@ def return_rows(y_RD: jax.Array, axis: str | collectives.AxisGroups, wire: WireC
     Returns:
         [G·C, D], bucket g from device g; in y's dtype, or in float32 where they were rounded.
     """
-    dtype = y_RD.dtype if wire.combine == "compute" else jnp.float32
-    return _exchange_encoded(y_RD, (), axis, wire, wire.combine, dtype)[0]
+    return _return_fwd(y_RD, axis, wire)[0]
 
 
 def _return_fwd(y_RD, axis, wire):
-    return return_rows(y_RD, axis, wire), jnp.zeros((), y_RD.dtype)
+    dtype = y_RD.dtype if wire.combine == "compute" else jnp.float32
+    back_MD = _exchange_encoded(y_RD, (), axis, wire, wire.combine, dtype)[0]
+    return back_MD, jnp.zeros((), y_RD.dtype)
 
 
 def _return_bwd(axis, wire, like, ct_MD):
@@ -216,13 +217,14 @@ def gather_tokens(
         axis: mesh axis of size G, or groups of one.
         wire: rounding of the tokens.
     """
-    encoded = encode(x_TD, wire.dispatch, rotate=wire.rotate)
-    received = travel(encoded, lambda part: collectives.all_gather(part, axis))
-    return decode(received, wire.dispatch, x_TD.shape[1], x_TD.dtype, rotate=wire.rotate)
+    return _gather_fwd(x_TD, axis, wire)[0]
 
 
 def _gather_fwd(x_TD, axis, wire):
-    return gather_tokens(x_TD, axis, wire), None
+    encoded = encode(x_TD, wire.dispatch, rotate=wire.rotate)
+    received = travel(encoded, lambda part: collectives.all_gather(part, axis))
+    x_RD = decode(received, wire.dispatch, x_TD.shape[1], x_TD.dtype, rotate=wire.rotate)
+    return x_RD, None
 
 
 def _gather_bwd(axis, wire, _, ct_RD):
@@ -251,14 +253,14 @@ def gather_assignments(
     Returns:
         int32 and float32 [G·T, K]; the backward sums the scores' cotangents of all devices.
     """
-    bits_TK = lax.bitcast_convert_type(scores_TK, jnp.int32)
-    both = collectives.all_gather(jnp.concatenate([slots_TK, bits_TK], axis=1), axis)
-    slots_RK, bits_RK = jnp.split(both, 2, axis=1)
-    return slots_RK, lax.bitcast_convert_type(bits_RK, jnp.float32)
+    return _assignments_fwd(slots_TK, scores_TK, axis)[0]
 
 
 def _assignments_fwd(slots_TK, scores_TK, axis):
-    return gather_assignments(slots_TK, scores_TK, axis), None
+    bits_TK = lax.bitcast_convert_type(scores_TK, jnp.int32)
+    both = collectives.all_gather(jnp.concatenate([slots_TK, bits_TK], axis=1), axis)
+    slots_RK, bits_RK = jnp.split(both, 2, axis=1)
+    return (slots_RK, lax.bitcast_convert_type(bits_RK, jnp.float32)), None
 
 
 def _assignments_bwd(axis, _, cts):

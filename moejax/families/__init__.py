@@ -4,7 +4,7 @@ A family's module (`mixtral.py`, `qwen_moe.py`, `olmoe.py`, `deepseek.py`, `gpt_
 `read_config`, `write_config` and `rules`. `table.py` says what a rule means, in both directions;
 `fields.py` reads a config.json field by field, `rope.py` and `common.py` parts of it. `tensors.py`
 opens the tensors of a folder, `quantized.py` those in few bits; `folder.py` reads a whole folder,
-`export.py` writes one.
+`export.py` writes one, `expanded.py` what it writes of experts that are fewer than a family's.
 """
 
 from __future__ import annotations
@@ -125,12 +125,15 @@ def _normal(config: ModelConfig) -> ModelConfig:
     if router.top_groups == router.num_groups:
         router = replace(router, num_groups=1, top_groups=1, group_score="max")
     same = all(k == router.top_k for k in config.top_k_by_layer)
+    numbers = config.num_experts_by_layer[config.first_dense_layers :]
+    equal = all(number == router.num_experts for number in numbers)
     windows = tuple(layer.attention.window or 0 for layer in config.layers())
     return replace(
         config,
         attention=replace(config.attention, window=None),
         moe=replace(config.moe, router=router),
         top_k_by_layer=() if same else config.top_k_by_layer,
+        num_experts_by_layer=() if equal else config.num_experts_by_layer,
         window_by_layer=windows,
         dense_hidden=config.dense_hidden if config.first_dense_layers else 0,
     )

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,7 +25,6 @@ from moejax.progress import NowAndThen
 
 if TYPE_CHECKING:
     from moejax.config import ModelConfig
-    from moejax.training.streaming import WeightStream
 
 __all__ = ["ExportConfig", "export", "main"]
 
@@ -60,16 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(config: ExportConfig) -> None:
     """Writes the folder.
 
+    Experts that were merged, or that share parameters, become independent ones again, see
+    `moejax.families.expanded`.
+
     Raises:
         UserError: there is no model, no family can say it, or the folder cannot be written.
     """
     import jax
 
+    from moejax.families.expanded import expanded_config, expanded_weights, expansion_note
     from moejax.families.export import save_hf_folder
     from moejax.inference.source import open_model
     from moejax.training.origin import origin_of, text_files
     from moejax.training.state import Blueprint
-    from moejax.training.streaming import WeightStream
+    from moejax.training.streaming import LazyWeight, WeightStream
     from sharding.mesh import MeshShape, make_mesh
 
     # Weights go from disk to disk. A program that called this may have started its devices.
@@ -77,15 +80,19 @@ def export(config: ExportConfig) -> None:
         jax.config.update("jax_platforms", "cpu")
     source = open_model(config.model)
     model, origin = dataclasses.replace(source.config, scan_layers=False), origin_of(source)
-    family = config.family or origin.family or only_family(model)
-    write_config(model, family)  # refused before anything is read
+    written = expanded_config(model)
+    family = config.family or origin.family or only_family(written)
+    write_config(written, family)  # refused before anything is read
+    if note := expansion_note(model):
+        print(f"{config.model}: {note}", flush=True)
     stream = WeightStream(source, Blueprint(model, make_mesh(MeshShape())))
-    notes = _Notes(sum(map(stream.num_bytes, stream.targets)))
+    notes = _Notes({name: stream.num_bytes(name) for name in stream.targets})
     tokenizer = source.tokenizer
+    weights = {name: LazyWeight(stream, name, notes.read) for name in stream.targets}
     save_hf_folder(
         config.out,
-        {name: _Weight(name, stream, notes) for name in stream.targets},
-        model,
+        expanded_weights(weights, model),
+        written,
         family=family,
         tokenizer=tokenizer,
         files=[file for file in text_files(source) if _ends_texts(file)],
@@ -129,30 +136,17 @@ def _ends_texts(file: Path) -> bool:
 class _Notes:
     """Tells now and then how far it is."""
 
-    def __init__(self, total: int):
-        self._left, self._total = total, total
-        self._seen: set[str] = set()
+    def __init__(self, num_bytes: Mapping[str, int]):
+        self._num_bytes, self._total = num_bytes, sum(num_bytes.values())
+        self._left, self._seen = self._total, set[str]()
         self._tell = NowAndThen(lambda line: print(line, file=sys.stderr, flush=True))
 
-    def read(self, name: str, num_bytes: int) -> None:
+    def read(self, name: str) -> None:
         """A weight has been read, perhaps not for the first time."""
         if name not in self._seen:
             self._seen.add(name)
-            self._left -= num_bytes
+            self._left -= self._num_bytes[name]
         self._tell(f"{1 - self._left / self._total:.0%} of the weights")
-
-
-class _Weight:
-    """A weight that is read when numpy asks for its numbers."""
-
-    def __init__(self, name: str, stream: WeightStream, notes: _Notes):
-        self._name, self._stream, self._notes = name, stream, notes
-        self.shape, self.dtype = stream.targets[name].shape, stream.targets[name].dtype
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self._stream.read(self._name))
-        self._notes.read(self._name, self._stream.num_bytes(self._name))
-        return array if dtype is None else array.astype(dtype)
 
 
 if __name__ == "__main__":

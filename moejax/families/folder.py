@@ -106,11 +106,14 @@ class HfFolder:
         Raises:
             UserError: the folder holds other names, shapes or kinds of numbers; all are told.
         """
+        import jax
+        from jax import numpy as jnp
+
         bound = self._bound
         wrong = [f"{name} has no rule" for name in targets.keys() - bound.keys()]
         wrong += [f"{name} is not in the model" for name in bound.keys() - targets.keys()]
         theirs = {
-            name: bound[ours].shape(target.shape)
+            name: jax.ShapeDtypeStruct(bound[ours].shape(target.shape), jnp.float32)
             for ours, target in targets.items()
             if ours in bound
             for name in bound[ours].names(target.shape)
@@ -128,13 +131,22 @@ class HfFolder:
         Raises:
             UserError: a scale is not finite.
         """
-        binding = self._bound[name]
+        return on_devices(target, lambda index: self.read_part(name, target, index))
+
+    def read_part(self, name: str, target: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a weight on the host, in the dtype of its target, after `check`.
+
+        Raises:
+            UserError: a scale is not finite.
+        """
         try:
-            return on_devices(
-                target, lambda index: binding.read(self.tensors, target.shape, index, target.dtype)
-            )
+            return self._bound[name].read(self.tensors, target.shape, index, target.dtype)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
+
+    def stored_bytes(self, name: str, target: Any) -> int:
+        """Size of a weight in the files, with the scales of numbers of few bits."""
+        return sum(self.tensors[theirs].nbytes for theirs in self._bound[name].names(target.shape))
 
     @functools.cached_property
     def _bound(self) -> dict[str, Binding]:

@@ -36,6 +36,7 @@ class BlockScaled:
     """A matrix of float8 numbers with a scale for each block.
 
     shape, dtype: of the matrix [O, I] as it is read, float32.
+    nbytes: in the files.
     """
 
     def __init__(self, name: str, weight: np.ndarray, scales: np.ndarray, block: tuple[int, int]):
@@ -57,6 +58,7 @@ class BlockScaled:
                 f"{block}: a float8 matrix with a scale for each block is needed"
             )
         self.shape, self.dtype = weight.shape, np.dtype(np.float32)
+        self.nbytes = weight.nbytes + scales.nbytes
         self._name, self._weight, self._scales, self._block = name, weight, scales, block
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
@@ -77,6 +79,7 @@ class Mxfp4:
     """Matrices of 4-bit numbers, a batch of them, transposed as transformers reads them.
 
     shape, dtype: [E, I, O] as it is read, float32.
+    nbytes: in the files.
     """
 
     def __init__(self, name: str, blocks: np.ndarray, scales: np.ndarray):
@@ -98,6 +101,7 @@ class Mxfp4:
             )
         experts, outputs, groups, _ = blocks.shape
         self.shape, self.dtype = (experts, groups * 32, outputs), np.dtype(np.float32)
+        self.nbytes = blocks.nbytes + scales.nbytes
         self._name, self._blocks, self._scales = name, blocks, scales
 
     def __getitem__(self, index: tuple[slice, slice, slice]) -> np.ndarray:

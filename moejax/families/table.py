@@ -29,6 +29,8 @@ __all__ = ["Binding", "Rule", "bind"]
 _BLOCK = 1 << 22  # elements of a job: what is widened on the way stays small
 _STRIP = 16
 _THREADS = min(os.cpu_count() or 1, 8)
+_SMALL = 2**28
+"""Bytes of a whole array that one thread copies: often it is one of several."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Binding:
             )
             source, goal = tensors[self._name(at)], target[place]
             jobs += [(source, block, sizes, goal) for block in self._blocks(spans, goal.size)]
-        if len(jobs) < 2:
+        if len(jobs) < 2 or out.nbytes < _SMALL:
             for job in jobs:
                 self._copy(spans, *job)
         else:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from moejax.errors import UserError
 from moejax.inference.drawing import Drawn, Level
 from moejax.inference.exchange_choice import DecodeExchange, Picked, Timer
+from moejax.inference.followers import Sharing
 from moejax.inference.memory import default_pages
 from moejax.inference.params import SamplingParams
 from moejax.inference.placing import ServingPlacement
@@ -31,7 +34,10 @@ from moejax.inference.request import (
 )
 from moejax.inference.scheduler import Plan, Scheduler
 from moejax.inference.shapes import Shapes
-from moejax.inference.texts import Text, make_texts
+from moejax.inference.step_programs import StepPrograms
+from moejax.inference.texts import Text, fresh_seed, make_texts
+from moejax.offload.experts import OffloadedExperts
+from moejax.offload.programs import OffloadedPrograms
 from moejax.training.state import Blueprint
 
 __all__ = ["Engine", "EngineSettings", "EngineStats", "Event", "QueueFull", "TokenLogprobs"]
@@ -49,10 +55,13 @@ class Engine:
         blueprint: model and mesh.
         params: weights split by their use, as from `load_weights`.
         biases: selection biases, likewise.
+        sharing: of several processes, see `follow`; None: this one alone calls the engine, or all
+            of them make the same calls.
         num_ids: ids from here on are never chosen; None: the model's vocabulary.
         end_ids: ids that end a text, unless `ignore_eos` is set.
         settings: see `EngineSettings`.
         placing: keeps the experts' weights in slots; `blueprint` and `params` are its own then.
+        offload: keeps them in host memory; `blueprint` and `params` are the model's without them.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -68,6 +77,8 @@ class Engine:
         end_ids: Sequence[int] = (),
         settings: EngineSettings | None = None,
         placing: ServingPlacement | None = None,
+        offload: OffloadedExperts | None = None,
+        sharing: Sharing | None = None,
     ):
         settings = settings or EngineSettings()
         config = blueprint.config
@@ -88,7 +99,10 @@ class Engine:
         self._end_ids = tuple(end_ids)
         self._shapes = Shapes(settings, rows, self.max_len)
         self._scheduler = self._make_scheduler(devices, pages)
-        self._programs = Programs(
+        make: Any = Programs
+        if offload is not None:
+            make = partial(OffloadedPrograms, experts=offload, by_copy=settings.deterministic)
+        self._programs: StepPrograms = make(
             blueprint,
             params,
             biases,
@@ -100,7 +114,7 @@ class Engine:
             one_wave=settings.deterministic and blueprint.shape.expert > 1,
             placing=placing,
         )
-        self._placing = placing
+        self._placing, self._sharing, self._offload = placing, sharing, offload
         # Of other threads: `_lock` guards these four.
         self._lock = threading.Lock()
         self._added: list[list[Text]] = []
@@ -145,6 +159,14 @@ class Engine:
                 )
             request, self._next_id = self._next_id, self._next_id + 1
             self._unstarted.add(request)
+        if self._sharing is not None:
+            params = replace(params, seed=fresh_seed() if params.seed is None else params.seed)
+            self._sharing.remember(request, tokens, params, stream)
+        self._leave(request, tokens, params, stream)
+        return request
+
+    def _leave(self, request: int, tokens: np.ndarray, params: SamplingParams, stream: int) -> None:
+        """The note that a request has come."""
         texts = make_texts(
             request,
             tokens,
@@ -157,7 +179,6 @@ class Engine:
         )
         with self._lock:
             self._added.append(texts)
-        return request
 
     def cancel(self, id: int, index: int | None = None) -> None:
         """Ends a request, or one of its texts, at the next `step`; from any thread.
@@ -200,6 +221,17 @@ class Engine:
         self._read(events)
         self._under_way = started
         return events
+
+    def follow(self) -> None:
+        """Does the steps that process 0 does, until its engine is closed; of another process."""
+        assert self._sharing is not None
+        while (notes := self._sharing.next()) is not None:
+            for texts, tokens in notes.expected:
+                self.expect(texts, tokens)
+            for request, prompt, params, stream in notes.added:
+                self._leave(request, np.array(prompt), SamplingParams(**params), stream)
+            self._cancelled += [(request, index) for request, index in notes.cancelled]
+            self.step()
 
     def pick_exchange(
         self, how: DecodeExchange = "auto", timer: Timer | None = None
@@ -245,6 +277,7 @@ class Engine:
             prefill_steps=self._prefills,
             programs=self._programs.compiled(),
             placement=None if self._placing is None else self._placing.stats(),
+            offload=None if self._offload is None else self._offload.stats(),
         )
 
     def expect(self, texts: int, tokens: int) -> None:
@@ -253,6 +286,8 @@ class Engine:
         Fewer programs are compiled then, where a few texts are all there is, and more of each step
         is padding.
         """
+        if self._sharing is not None and self._sharing.leads:
+            self._sharing.expect(texts, tokens)
         self._shapes.expect(-(-texts // len(self._scheduler.pools)), tokens)
 
     def reset(self) -> None:
@@ -268,6 +303,10 @@ class Engine:
         """Ends what goes on beside the steps; when no step comes any more."""
         if self._placing is not None:
             self._placing.close()
+        if self._offload is not None:
+            self._offload.close()
+        if self._sharing is not None and self._sharing.leads:
+            self._sharing.end()
 
     def _make_scheduler(self, devices: int, pages: int) -> Scheduler:
         settings = self.settings
@@ -302,6 +341,8 @@ class Engine:
         with self._lock:
             added, self._added = self._added, []
             cancelled, self._cancelled = self._cancelled, []
+        if self._sharing is not None and self._sharing.leads:
+            self._sharing.tell([texts[0].id for texts in added], cancelled)
         for texts in added:
             self._requests[texts[0].id] = list(texts)
             self._scheduler.submit(texts)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from moejax.errors import UserError
-from moejax.inference.stored import Keep
 from moejax.model.groups import change_blocks
 from moejax.quantized_bank import QuantizedWeight, WeightDtype
 from moejax.training.state import Blueprint, weight_targets
 from pallas_kernels.quantized_experts.format import QuantizedMatrices, quantize
 
-__all__ = ["quantized_blueprint", "quantizing"]
+__all__ = ["MATRICES", "Quantizing", "in_8_bits", "quantized_blueprint", "quantizing"]
+
+MATRICES = ("w_in", "w_out")
+"""Of a bank, those that are stored in 8 bits."""
 
 _DTYPES: dict[str, WeightDtype] = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
@@ -40,6 +44,18 @@ def quantized_blueprint(blueprint: Blueprint, weights: str) -> Blueprint:
             f"combine_dim={wire.combine_dim}: projections would have to be folded into the weights "
             "first (MoELayer.quantize_experts); leave it out"
         )
+    sharing = blueprint.config.moe.experts.sharing
+    if sharing.active:
+        raise UserError(
+            f"--expert-weights {weights} with experts that share parameters "
+            f"(sharing kind={sharing.kind!r}): what is stored are no whole matrices; make them "
+            "independent first (moejax.compress.sharing.expand_model), or leave it out"
+        )
+    if (together := blueprint.config.moe.experts.together) > 1:
+        raise UserError(
+            f"--expert-weights {weights} with together={together}: what is quantized are single "
+            "experts; name a model with together=1, or leave it out"
+        )
     model: Any = blueprint.merge(blueprint.params, blueprint.biases)
     dtype, tensor = _DTYPES[weights], blueprint.shape.tensor
 
@@ -50,7 +66,7 @@ def quantized_blueprint(blueprint: Blueprint, weights: str) -> Blueprint:
     return blueprint.around(model)
 
 
-def quantizing(quantized: Blueprint, weights: str) -> Keep:
+def quantizing(quantized: Blueprint, weights: str) -> Quantizing:
     """Quantizes the experts' matrices as they are read, and keeps other weights as they are.
 
     Args:
@@ -58,27 +74,43 @@ def quantizing(quantized: Blueprint, weights: str) -> Keep:
         weights: as there.
     """
     targets = weight_targets(quantized, jnp.dtype(quantized.config.compute_dtype))
-    dtype = jnp.dtype(_DTYPES[weights])
+    return Quantizing({name: target.sharding for name, target in targets.items()}, _DTYPES[weights])
 
-    def of_inputs(w_EDNH: jax.Array) -> QuantizedMatrices:
-        return quantize(jnp.swapaxes(w_EDNH, 1, 2), dtype)
 
-    def of_outputs(w_EHD: jax.Array) -> QuantizedMatrices:
-        return quantize(w_EHD, dtype)
+class Quantizing:
+    """A `Keep` that quantizes: one compiled program for all layers with as many experts.
 
-    functions = {".moe.bank.w_in": of_inputs, ".moe.bank.w_out": of_outputs}
-    # One compiled program for all layers. The weight itself is given up.
-    programs: dict[str, Any] = {}
+    Args:
+        shardings: of all weights, quantized, by name; how experts are split is the same in all
+            layers.
+        dtype: of the values.
+    """
 
-    def keep(name: str, array: Any) -> Mapping[str, Any]:
-        part = next((part for part in functions if name.endswith(part)), None)
-        if part is None:
+    def __init__(self, shardings: Mapping[str, Any], dtype: str) -> None:
+        self._shardings, self._dtype = shardings, jnp.dtype(dtype)
+        self._programs: dict[tuple[str, int], Any] = {}
+
+    def on(self, mesh: Mesh) -> Quantizing:
+        """The same on other devices, as many."""
+        moved = {name: NamedSharding(mesh, old.spec) for name, old in self._shardings.items()}
+        return Quantizing(moved, self._dtype.name)
+
+    def __call__(self, name: str, array: Any) -> Mapping[str, Any]:
+        """An experts' matrix as its values and scales; other weights as they are."""
+        part = name.rpartition(".moe.bank.")[2]
+        if part not in MATRICES:
             return {name: array}
         names = f"{name}_values", f"{name}_scales"
-        if part not in programs:
-            shardings = QuantizedMatrices(*(targets[n].sharding for n in names))
-            programs[part] = jax.jit(functions[part], out_shardings=shardings)
-        made = jax.block_until_ready(programs[part](array))
+        kind = part, len(array)
+        if kind not in self._programs:
+            shardings = QuantizedMatrices(*(self._shardings[n] for n in names))
+            make = partial(in_8_bits, part, dtype=self._dtype)
+            self._programs[kind] = jax.jit(make, out_shardings=shardings)
+        # The weight itself is given up.
+        made = jax.block_until_ready(self._programs[kind](array))
         return dict(zip(names, (made.values, made.scales), strict=True))
 
-    return keep
+
+def in_8_bits(part: str, array: jax.Array, dtype: Any) -> QuantizedMatrices:
+    """Experts' matrices, contracted over the last dimension but one: w_in [..., D, N, H], w_out."""
+    return quantize(jnp.swapaxes(array, -3, -2) if part == "w_in" else array, dtype)

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +109,12 @@ def check_weights(path: Path, arrays: Mapping[str, Any], targets: Mapping[str, A
     Args:
         path: the folder, for the message.
         arrays: anything with `shape` and `dtype`, by name.
-        targets: anything with `shape`, by name.
+        targets: anything with `shape` and `dtype`, by name.
 
     Raises:
         UserError: names, shapes or kinds of numbers differ; all are told.
     """
-    wrong = differences(arrays, {name: target.shape for name, target in targets.items()})
+    wrong = differences(arrays, targets)
     if wrong:
         raise UserError(
             f"{path}: the weights are of another model: {listed(sorted(wrong))}; use the config "
@@ -122,23 +122,25 @@ def check_weights(path: Path, arrays: Mapping[str, Any], targets: Mapping[str, A
         )
 
 
-def differences(arrays: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """How tensors differ from floats of these names and shapes; a phrase for each.
+def differences(arrays: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
+    """How tensors differ from those wanted in name, shape and kind of number; a phrase for each.
 
     Args:
         arrays: anything with `shape` and `dtype`, by name.
-        shapes: that are wanted, by name.
+        targets: likewise, those that are wanted: floats of any width, or whole numbers.
     """
     import jax.numpy as jnp
 
-    wrong = [f"{name} is missing" for name in shapes if name not in arrays]
-    wrong += [f"{name} is unknown" for name in arrays if name not in shapes]
-    for name in shapes.keys() & arrays.keys():
-        found, wanted = arrays[name], tuple(shapes[name])
+    wrong = [f"{name} is missing" for name in targets if name not in arrays]
+    wrong += [f"{name} is unknown" for name in arrays if name not in targets]
+    for name in targets.keys() & arrays.keys():
+        found, wanted = arrays[name], tuple(targets[name].shape)
+        whole = jnp.issubdtype(targets[name].dtype, jnp.integer)
+        kind = "whole number" if whole else "float"
         if tuple(found.shape) != wanted:
             wrong.append(f"{name} has shape {tuple(found.shape)} and not {wanted}")
-        elif not jnp.issubdtype(found.dtype, jnp.floating):
-            wrong.append(f"{name} is {found.dtype} and not a float")
+        elif not jnp.issubdtype(found.dtype, jnp.integer if whole else jnp.floating):
+            wrong.append(f"{name} is {found.dtype} and not a {kind}")
     return wrong
 
 

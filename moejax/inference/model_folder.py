@@ -11,6 +11,7 @@ into `NAME[start:stop]`. Nothing is unpickled.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,6 +113,17 @@ class ModelFolder:
         """One weight in the dtype and sharding of its target, after `check`."""
         return self._read_as(name, target, target.dtype)
 
+    def read_part(self, name: str, target: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a parameter on the host, in the dtype it is stored in, after `check`."""
+        del target
+        return self.arrays[name].read(index)
+
+    def stored_bytes(self, name: str, target: Any) -> int:
+        """Size of a weight in the files."""
+        del target
+        stored = self.arrays[name]
+        return math.prod(stored.shape) * stored.dtype.itemsize
+
     def _read_as(self, name: str, target: Any, dtype: Any) -> Any:
         stored = self.arrays[name]
         return on_devices(target, lambda index: stored.read(index).astype(dtype, copy=False))
@@ -191,7 +203,7 @@ def save_model_folder(
         tokenizer: of its texts.
         record: how it was trained; what JSON can hold.
         max_file_bytes: largest size of a weight file.
-        dtype: of the weights that need not stay float32.
+        dtype: of the weights that need not stay float32; whole numbers stay as they are.
 
     Raises:
         UserError: the weights are not those of `config`, the path is something else than a model
@@ -212,6 +224,9 @@ def _write_weights(
     folder: Path, weights: Mapping[str, Any], kept: set[str], limit: int, dtype: np.dtype
 ) -> None:
     def stored(name: str) -> np.dtype:
+        own = np.dtype(weights[name].dtype)
+        if np.issubdtype(own, np.integer):
+            return own
         return np.dtype(np.float32) if name in kept else dtype
 
     # The widest numbers first, so that all stay aligned; then by name.

@@ -68,6 +68,14 @@ def choose_placement(
     if placement == "home":
         return None
     name, devices = f"--placement {placement}", shape.expert
+    config.check_equal_experts(name)
+    sharing = config.moe.experts.sharing
+    if sharing.active:
+        raise UserError(
+            f"{name} with experts that share parameters (sharing kind={sharing.kind!r}): slots "
+            "hold whole experts; make them independent first (moejax.compress.sharing."
+            "expand_model), or leave it out"
+        )
     layers = sum(layer.moe is not None for layer in config.layers())
     if not layers:
         raise UserError(f"{name}: the model has no layer with experts; leave it out")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moejax.errors import UserError
+from moejax.offload.statistics import OffloadStats
 
 __all__ = [
     "EngineSettings",
@@ -94,6 +95,7 @@ class EngineStats:
     decode_steps, prefill_steps: that were started.
     programs: that have been compiled.
     placement: of the experts; None where all are at home.
+    offload: of experts in host memory; None where all are on the devices.
     """
 
     running: int
@@ -110,6 +112,7 @@ class EngineStats:
     prefill_steps: int
     programs: int
     placement: PlacementStats | None = None
+    offload: OffloadStats | None = None
 
 
 @dataclass(frozen=True)

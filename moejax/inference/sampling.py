@@ -205,6 +205,8 @@ def _beginning(
     bits_BV = lax.bitcast_convert_type(values_BV, jnp.int32)
     # The bits of a negative float, inverted below the sign, are ordered as it is.
     keys_BV = jnp.where(values_BV == 0, 0, bits_BV ^ jnp.int32(0x7FFFFFFF))
+    # In memory: made again in another fusion, and rounded another way, none may equal the cut.
+    keys_BV = lax.optimization_barrier(keys_BV)
     cut_B = _cut(keys_BV, weight_BV, limit_B, _LOWEST_KEY)[:, None]
     above_BV, ties_BV = keys_BV > cut_B, (keys_BV == cut_B) & (weight_BV > 0)
 

@@ -17,7 +17,7 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.families.folder import Progress, is_hf_folder, open_hf_folder
 from moejax.inference.model_folder import is_model_folder, load_model_folder
-from moejax.inference.stored import Keep, keep_all
+from moejax.inference.stored import Keep, MappedWeights, keep_all
 from moejax.training.config_json import config_from_json
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class ModelSource:
         weight, by its name and array, takes the weight's place as soon as it is read.
     end_ids: the ids that end a text.
     bos_id: the id that stands before every text, if one does.
+    files: the same weights, mapped; None: they lie in no files that can be, as those of a run.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class ModelSource:
     weights: Callable[..., dict[str, Any]]
     end_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    files: MappedWeights | None = None
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -98,14 +100,7 @@ def open_model(
     if is_hf_folder(folder):
         source = _open_hf(folder, progress)
     elif is_model_folder(folder):
-        model = load_model_folder(folder)
-        source = ModelSource(
-            folder,
-            model.config,
-            model.tokenizer,
-            lambda bp, keep=keep_all: model.read(_targets(bp), keep),
-            (model.tokenizer.eos_id,),
-        )
+        source = _open_folder(folder)
     else:
         source = _open_run(folder, report or _to_stderr)
     tokenizer = source.tokenizer
@@ -126,7 +121,30 @@ def _open_hf(folder: Path, progress: Progress | None) -> ModelSource:
         lambda bp, keep=keep_all: found.read(bp, progress, keep),
         found.end_ids,
         found.bos_id,
+        found,
     )
+
+
+def _open_folder(folder: Path) -> ModelSource:
+    model = load_model_folder(folder)
+    return _with_ids(
+        ModelSource(
+            folder,
+            model.config,
+            model.tokenizer,
+            lambda bp, keep=keep_all: model.read(_targets(bp), keep),
+            (model.tokenizer.eos_id,),
+            files=model,
+        )
+    )
+
+
+def _with_ids(source: ModelSource) -> ModelSource:
+    """The ids of texts as the model has them that it came from, if it was one of transformers."""
+    from moejax.training.origin import origin_of
+
+    origin = origin_of(source)
+    return dataclasses.replace(source, end_ids=origin.end_ids, bos_id=origin.bos_id)
 
 
 def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
@@ -162,11 +180,7 @@ def _open_run(folder: Path, report: Callable[[str], None]) -> ModelSource:
             kept |= keep(*arrays.popitem())
         return kept
 
-    from moejax.training.origin import origin_of
-
-    source = ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,))
-    origin = origin_of(source)  # of a run that began with weights of transformers
-    return dataclasses.replace(source, end_ids=origin.end_ids, bos_id=origin.bos_id)
+    return _with_ids(ModelSource(folder, config, tokenizer, weights, (tokenizer.eos_id,)))
 
 
 def _targets(blueprint: Blueprint) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from moejax.inference.row_choice import EMPTY_CHOICE, RowChoice, pack, unpack
 from moejax.inference.scheduler import Plan
 from moejax.inference.shapes import Shape
 
-__all__ = ["COLUMNS", "StepRows", "choices_of", "pages_and_tokens", "rows_of", "write_rows"]
+__all__ = [
+    "COLUMNS",
+    "StepRows",
+    "choices_of",
+    "pages_and_tokens",
+    "rows_of",
+    "step_tokens",
+    "write_rows",
+]
 
 _OWN = 3  # count, length, slot
 _NO_CHOICE_1F = pack(EMPTY_CHOICE)
@@ -90,3 +98,21 @@ def pages_and_tokens(
     """Tables [B, N]; tokens [B, S], None where each row appends the one drawn last."""
     tokens_BS = where_BW[:, shape.pages :] if shape.tokens else None
     return where_BW[:, : shape.pages], tokens_BS
+
+
+def step_tokens(
+    tokens_BS: jax.Array | None, history_RM: jax.Array, rows_BF: Int32[Array, "B F"]
+) -> Int32[Array, "B S"]:
+    """The tokens that a step appends: those it was given, or the one drawn last for each row.
+
+    The host may not know the latter yet.
+
+    Args:
+        tokens_BS: as from `pages_and_tokens`.
+        history_RM: int32, the texts of all slots.
+        rows_BF: the step's rows.
+    """
+    if tokens_BS is not None:
+        return tokens_BS
+    _, length_B, slot_B = rows_of(rows_BF)
+    return history_RM.at[slot_B, length_B].get(mode="fill", fill_value=0)[:, None]

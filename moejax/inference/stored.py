@@ -6,16 +6,48 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from moejax.errors import UserError
 
-__all__ = ["Keep", "Piece", "StoredArray", "collect_pieces", "cut", "keep_all", "on_devices"]
+__all__ = [
+    "Keep",
+    "MappedWeights",
+    "Piece",
+    "StoredArray",
+    "collect_pieces",
+    "cut",
+    "keep_all",
+    "on_devices",
+]
 
 Keep = Callable[[str, Any], Mapping[str, Any]]
 """From a weight that was just read, its name and array, to what takes its place."""
+
+
+class MappedWeights(Protocol):
+    """The weights of a folder, mapped: the bytes of a part are read when it is asked for."""
+
+    def check(self, targets: Mapping[str, Any]) -> None:
+        """Compares the weights with those that a model needs; UserError tells all that is wrong."""
+
+    def read_weight(self, name: str, target: Any) -> Any:
+        """One weight in the dtype and sharding of its target, after `check`."""
+
+    def read_part(self, name: str, target: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """A copy of a part on the host, in the dtype in which `ModelSource.weights` reads it.
+
+        Args:
+            name: of the weight, one of the parameters; after `check`.
+            target: of the whole weight, anything with `shape` and `dtype`.
+            index: a slice with step 1 for each dimension.
+        """
+
+    def stored_bytes(self, name: str, target: Any) -> int:
+        """Size of a weight in the files."""
+
 
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 _HEADER_ROOM = 1024  # bytes of a file's header with one tensor, more than is needed

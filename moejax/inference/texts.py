@@ -13,7 +13,7 @@ from moejax.inference.params import SamplingParams
 from moejax.inference.request import Finish
 from moejax.inference.row_choice import RowChoice
 
-__all__ = ["Text", "make_texts"]
+__all__ = ["Text", "fresh_seed", "make_texts"]
 
 
 @dataclass(eq=False)
@@ -81,6 +81,11 @@ class Text:
         self.tokens.append(token)
 
 
+def fresh_seed() -> int:
+    """A seed that nobody knows before; 64 bits."""
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+
+
 def make_texts(
     request: int,
     prompt: np.ndarray,
@@ -108,7 +113,7 @@ def make_texts(
     ends = frozenset(params.stop_token_ids).union(() if params.ignore_eos else end_ids)
     seed = params.seed
     if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        seed = fresh_seed()
     # Four bytes a token, once for all texts: thousands of long prompts may wait.
     shared = array("i", prompt.astype(np.int32).tobytes())
     texts = []

@@ -14,10 +14,11 @@ from moejax.config import AttentionConfig, ModelConfig
 from moejax.model.cache import LayerCache
 from moejax.model.cached_attention import append, attend_cached, positions_in_text
 from moejax.model.dot_attention import Implementation, attend
+from moejax.model.heads import heads_refusal, split_heads
 from moejax.model.initializers import INIT_STD, make_constant, make_normal
 from moejax.model.mlp import add_bias
 from moejax.model.norm import rms_normalize, rms_normalize_heads
-from moejax.model.rope import rotate
+from moejax.model.rope import rotate, turns
 from pallas_kernels.precision import precision_of
 from sharding.collectives import enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
@@ -127,9 +128,14 @@ class Attention(nnx.Module):
                 yarn=config.yarn,
             )
 
-        q_BSNh = place(project(self.w_q, self.b_q), self.q_scale)
-        k_BSMh = place(project(self.w_k, self.b_k), self.k_scale)
-        v_BSMh = project(self.w_v, self.b_v)
+        heads = self.w_q.shape[1] + 2 * self.w_k.shape[1]  # of this device
+        tokens = x_BSD.shape[0] * x_BSD.shape[1]
+        if cache is None and heads_refusal(config, tokens, heads, dtype) is None:
+            q_BSNh, k_BSMh, v_BSMh = self._joint_heads(x_BSD, positions_BS)
+        else:
+            q_BSNh = place(project(self.w_q, self.b_q), self.q_scale)
+            k_BSMh = place(project(self.w_k, self.b_k), self.k_scale)
+            v_BSMh = project(self.w_v, self.b_v)
         sinks_N = None if self.sinks is None else self.sinks[...]
         at_BS = None
         if cache is not None:
@@ -164,6 +170,24 @@ class Attention(nnx.Module):
         if self.b_o is not None:
             y_BSD = add_bias(y_BSD, self.b_o[...].astype(dtype))
         return y_BSD, cache
+
+    def _joint_heads(
+        self, x_BSD: jax.Array, positions_BS: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k and v of one product, whose gradients are one product too."""
+        dtype, config = x_BSD.dtype, self.config
+        weights = [w[...].astype(dtype) for w in (self.w_q, self.w_k, self.w_v)]
+        w_DHh, precision = jnp.concatenate(weights, axis=1), precision_of(dtype)
+        qkv_BSHh = jnp.einsum("BSD,DHh->BSHh", x_BSD, w_DHh, precision=precision)
+        if config.bias:
+            biases = [b[...].astype(dtype) for b in (self.b_q, self.b_k, self.b_v) if b is not None]
+            qkv_BSHh = add_bias(qkv_BSHh, jnp.concatenate(biases, axis=0))
+        cos_BSp, sin_BSp = turns(positions_BS, config.head_dim, config.rope_theta, config.yarn)
+        scales_h = None
+        if self.q_scale is not None and self.k_scale is not None:
+            # One scale serves the heads of every device, so its gradient is summed over them.
+            scales_h = tuple(enter_parallel(s[...], TENSOR) for s in (self.q_scale, self.k_scale))
+        return split_heads(qkv_BSHh, cos_BSp, sin_BSp, scales_h, weights[1].shape[1], self.norm_eps)
 
     def _norm(self, x_BSNh: jax.Array, scale: nnx.Param | None) -> jax.Array:
         if scale is None:

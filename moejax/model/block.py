@@ -18,7 +18,7 @@ from moejax.model.mlp import DenseMLP
 from moejax.model.norm import RMSNorm
 
 if TYPE_CHECKING:
-    from moejax.layer import MoEAux
+    from moejax.moe_aux import MoEAux
     from moejax.placement.arrays import Placement
 
 __all__ = ["Block"]
@@ -102,15 +102,9 @@ class Block(nnx.Module):
         Returns:
             [B, S, D], the experts' statistics (None for a dense layer), the new cache or None.
         """
-        y_BSD, cache = self.attention(
-            self.attention_norm(x_BSD),
-            positions_BS,
-            cache=cache,
-            lengths_B=lengths_B,
-            tables_BN=tables_BN,
+        x_BSD, y_TD, cache = self.attend(
+            x_BSD, positions_BS, cache=cache, lengths_B=lengths_B, tables_BN=tables_BN
         )
-        x_BSD = x_BSD + y_BSD
-        y_TD = self.mlp_norm(x_BSD).reshape(-1, x_BSD.shape[-1])
         aux = None
         if self.moe is not None:
             mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
@@ -119,3 +113,32 @@ class Block(nnx.Module):
             assert self.mlp is not None
             y_TD = self.mlp(y_TD)
         return x_BSD + y_TD.reshape(x_BSD.shape), aux, cache
+
+    def attend(
+        self,
+        x_BSD: jax.Array,
+        positions_BS: jax.Array,
+        *,
+        cache: LayerCache | None = None,
+        lengths_B: jax.Array | None = None,
+        tables_BN: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
+        """The first half of the layer, up to what the experts, or the MLP, are given.
+
+        Args:
+            x_BSD, positions_BS, cache, lengths_B, tables_BN: as for a call.
+
+        Returns:
+            [B, S, D], to which the second half adds; its normalised tokens [B · S, D]; the new
+            cache or None.
+        """
+        x_BSD, y_BSD = self.attention_norm.branch(x_BSD)
+        y_BSD, cache = self.attention(
+            y_BSD,
+            positions_BS,
+            cache=cache,
+            lengths_B=lengths_B,
+            tables_BN=tables_BN,
+        )
+        x_BSD, y_BSD = self.mlp_norm.branch(x_BSD, y_BSD)
+        return x_BSD, y_BSD.reshape(-1, x_BSD.shape[-1]), cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,12 +20,14 @@ from moejax.model.cache import KVCache, LayerCache
 from moejax.model.cached_attention import flatten_layers, layer_tables
 from moejax.model.embedding import Embedding, Head, vocabulary_logits
 from moejax.model.groups import LayerGroup, layer_groups, stack_states
-from moejax.model.loss import hidden_nll
+from moejax.model.loss import hidden_nll, summed_nll
 from moejax.model.norm import RMSNorm
+from pallas_kernels.exchange.received import RECEIVED
+from pallas_kernels.tuning.lookup import trace_context
 from sharding.mesh import MeshShape
 
 if TYPE_CHECKING:
-    from moejax.layer import MoEAux
+    from moejax.moe_aux import MoEAux
     from moejax.placement.arrays import Placement
 
 __all__ = ["Decoder", "DecoderOutput", "check_mesh"]
@@ -66,10 +69,23 @@ def check_mesh(config: ModelConfig, mesh_shape: MeshShape) -> None:
     if any(layer.moe for layer in layers):
         widths["hidden"] = config.moe.experts.hidden
         widths["shared_hidden"] = config.moe.experts.shared_hidden
-        if config.moe.router.num_experts < mesh_shape.expert:
+        fewest = config.fewest_experts
+        if fewest < mesh_shape.expert:
             raise UserError(
-                f"mesh expert={mesh_shape.expert} with num_experts={config.moe.router.num_experts}:"
-                " every device needs at least one expert; shrink the expert axis"
+                f"mesh expert={mesh_shape.expert} with num_experts={fewest}: every device needs at "
+                "least one expert; shrink the expert axis"
+            )
+        members = config.moe.experts.together
+        if not config.holds_experts(mesh_shape.expert):
+            raise UserError(
+                f"mesh expert={mesh_shape.expert} with together={members} and num_experts="
+                f"{fewest}: every device needs whole groups; shrink the expert axis, or set "
+                "together=1"
+            )
+        if members > 1 and tensor > 1:
+            raise UserError(
+                f"mesh tensor={tensor} with together={members}: a group's hidden units would be "
+                "split between its members; set tensor=1, or together=1"
             )
     for name, width in widths.items():
         if width % tensor:
@@ -170,6 +186,8 @@ class Decoder(nnx.Module):
             if cache is not None and cache.lengths_B is not None:
                 positions_BS = positions_BS + cache.lengths_B[:, None]
             positions_BS = jnp.broadcast_to(positions_BS, tokens_BS.shape)
+        if placement is not None:
+            self.config.check_equal_experts("a placement")
         x_BSD = self.embedding(tokens_BS, jnp.dtype(self.config.compute_dtype))
         caches: dict[str, LayerCache] = {}
         auxes = []
@@ -196,7 +214,11 @@ class Decoder(nnx.Module):
             if cache.lengths_B is not None:
                 filled_B = cache.lengths_B
             cache = KVCache(caches, filled_B + new, cache.tables_BN)
-        aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
+        aux = None
+        if auxes:
+            if self.config.num_experts_by_layer:
+                auxes = [a.with_experts(self.config.moe.router.num_experts) for a in auxes]
+            aux = jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
         return DecoderOutput(self.final_norm(x_BSD), aux, cache)
 
     def _run(
@@ -215,7 +237,7 @@ class Decoder(nnx.Module):
         lengths_B = None if cache is None else cache.lengths_B
         training = cache is None and not inference
         # Equal layers that are not scanned are traced once: with kernels that takes seconds each.
-        apply = _apply if training or group.scanned else _apply_traced_once
+        apply = _apply if group.scanned else partial(_apply_traced_once, trace_context())
 
         def layer(state, x, placement, layer_cache, tables_BN):
             rest = positions_BS, placement, token_mask_BS, layer_cache, lengths_B, tables_BN
@@ -250,6 +272,8 @@ class Decoder(nnx.Module):
         if self.config.remat == "none":
             return layer
         policy = None
+        if self.config.remat == "local":
+            policy = jax.checkpoint_policies.save_only_these_names(RECEIVED)
         if self.config.remat == "dots":
             # Products of weights, not of queries with keys: those grow with the square of S.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -292,6 +316,24 @@ class Decoder(nnx.Module):
             chunk=chunk,
         )
 
+    def summed_nll(
+        self,
+        hidden_BSD: jax.Array,
+        targets_BS: jax.Array,
+        *,
+        scale: float,
+        chunk: int | None = None,
+    ) -> jax.Array:
+        """The sum of the targets' losses times `scale`: float32 [] in nats; see `summed_nll`."""
+        return summed_nll(
+            hidden_BSD,
+            self.head_weight(),
+            targets_BS,
+            vocab_size=self.config.vocab_size,
+            scale=scale,
+            chunk=chunk,
+        )
+
 
 def _apply(
     graphdef: nnx.GraphDef[Block],
@@ -315,7 +357,13 @@ def _apply(
     )
 
 
-_apply_traced_once = jax.jit(_apply, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
+def _apply_traced_once(
+    context: Hashable, graphdef: nnx.GraphDef[Block], *arguments: Any
+) -> tuple[jax.Array, MoEAux | None, LayerCache | None]:
+    """The same, traced once for all equal layers; `context` is what else a trace depends on."""
+    del context
+    return _apply(graphdef, *arguments)
 
 
 def _stack(blocks: list[Block]) -> Block:

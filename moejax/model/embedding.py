@@ -12,7 +12,7 @@ from pallas_kernels.precision import precision_of
 from sharding.collectives import axis_index, enter_parallel, exit_parallel
 from sharding.mesh import TENSOR
 
-__all__ = ["PADDING_LOGIT", "Embedding", "Head", "vocabulary_logits"]
+__all__ = ["PADDING_LOGIT", "Embedding", "Head", "logits_of_entered", "vocabulary_logits"]
 
 PADDING_LOGIT = -1e30  # finite, so that a padding id has probability 0 and never gives 0 · inf
 
@@ -103,7 +103,11 @@ def vocabulary_logits(x_TD: jax.Array, w_DV: jax.Array, vocab_size: int) -> jax.
     Returns:
         float32 [..., V local]; column j is id V_local · (index along `tensor`) + j.
     """
-    x_TD = enter_parallel(x_TD, TENSOR)
+    return logits_of_entered(enter_parallel(x_TD, TENSOR), w_DV, vocab_size)
+
+
+def logits_of_entered(x_TD: jax.Array, w_DV: jax.Array, vocab_size: int) -> jax.Array:
+    """`vocabulary_logits` of hidden vectors that have entered the parallel region already."""
     logits_TV = _float32_product(x_TD, w_DV.astype(x_TD.dtype))
     ids_V = axis_index(TENSOR) * w_DV.shape[1] + jnp.arange(w_DV.shape[1], dtype=jnp.int32)
     return jnp.where(ids_V < vocab_size, logits_TV, jnp.float32(PADDING_LOGIT))

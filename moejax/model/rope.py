@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from moejax.attention_config import YarnConfig
 
-__all__ = ["rotate", "yarn_frequencies"]
+__all__ = ["rotate", "turns", "yarn_frequencies"]
 
 
 def rotate(
@@ -37,15 +37,7 @@ def rotate(
         [B, S, N, h] in x's dtype, every number where it was.
     """
     half = x_BSNh.shape[-1] // 2
-    if yarn is None:
-        exponents = jnp.arange(half, dtype=jnp.float32) * (-1.0 / half)
-        frequencies = jnp.power(jnp.float32(theta), exponents)
-    else:
-        frequencies = jnp.asarray(yarn_frequencies(2 * half, theta, yarn))
-    angles = positions_BS.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if yarn is not None:
-        cos, sin = cos * yarn.rotation_scale, sin * yarn.rotation_scale
+    cos, sin = (turn[:, :, None] for turn in turns(positions_BS, 2 * half, theta, yarn))
     wide = x_BSNh.astype(jnp.float32)
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]
@@ -54,6 +46,23 @@ def rotate(
     first, second = wide[..., :half], wide[..., half:]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BSNh.dtype)
+
+
+def turns(
+    positions_BS: jax.Array, width: int, theta: float, yarn: YarnConfig | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each pair's angle, float32 [B, S, width / 2]; arguments as of `rotate`."""
+    half = width // 2
+    if yarn is None:
+        exponents = jnp.arange(half, dtype=jnp.float32) * (-1.0 / half)
+        frequencies = jnp.power(jnp.float32(theta), exponents)
+    else:
+        frequencies = jnp.asarray(yarn_frequencies(width, theta, yarn))
+    angles = positions_BS.astype(jnp.float32)[:, :, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if yarn is not None:
+        cos, sin = cos * yarn.rotation_scale, sin * yarn.rotation_scale
+    return cos, sin
 
 
 def yarn_frequencies(width: int, theta: float, yarn: YarnConfig) -> np.ndarray:

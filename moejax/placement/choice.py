@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import jax
-from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Int32
 
 from moejax.placement.arrays import Placement
+from pallas_kernels.balance.api import settle
+from pallas_kernels.balance.reference import part_of
 from sharding import collectives
 from sharding.mesh import EXPERT
 
@@ -25,6 +28,13 @@ __all__ = ["LOAD_PERCENT", "ROUNDS", "place"]
 
 LOAD_PERCENT = 105  # a device with more of the mean load gives some away, if it can
 ROUNDS = 8  # in which that is settled; of random instances that have a solution, 98 % need 6
+FEW = 32
+"""Assignments of a slot, on average, below which loads stay as they are.
+
+The experts of so few rows take as long as their weights take to be read (about 200 rows in bfloat16
+at 600 TFLOP/s and 3 TB/s), so that there is nothing to gain, and what is done for it, with a sum
+over all devices, is in the way of every decoding step.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ def place(
     slots_per_device: int,
     hosts: Sequence[int] | None = None,
     devices_TG: Bool[Array, "T G"] | None = None,
+    *,
+    few: int = FEW,
 ) -> Int32[Array, "T K"]:
     """Chooses a physical slot for every assignment.
 
@@ -65,7 +77,8 @@ def place(
     among equals. Then devices above `LOAD_PERCENT` of the batch's mean load hand assignments to
     other replicas, as far as these can take them, first those that cost no further row.
     The batch is that of all devices along `expert`; sums over them are all that travels.
-    With one replica of each expert (R = 1) this is a table look-up.
+    With one replica of each expert (R = 1) this is a table look-up; of small batches (`few`) the
+    loads do not matter.
 
     Args:
         experts_TK: int32 logical experts, distinct within a token, −1 for none.
@@ -74,6 +87,7 @@ def place(
         hosts: the host of each device; None: all on one.
         devices_TG: bool, the devices that a token may use, with a replica of each of its experts;
             None: all. Loads are corrected as far as these allow.
+        few: loads are left as they are where a slot has fewer assignments on average, T·K / S.
 
     Returns:
         int32 [T, K] physical slots, −1 for none.
@@ -103,47 +117,69 @@ def place(
         None if hosts is None else jnp.asarray(list(hosts), jnp.int32),
         collectives.axis_index(EXPERT),
     )
+    devices = placement.slot_expert_P.shape[0] // slots_per_device
     if devices_TG is None:
-        near_TK = _nearest(options)
+        near_TK = _nearest(options, devices)
     else:  # those to use come first for it, as it counts turns among them
         order_TKR = jnp.argsort(device_TKR < 0, axis=-1, stable=True).astype(jnp.int32)
         first_TKR = jnp.take_along_axis(device_TKR, order_TKR, axis=-1)
-        near_TK = _at(order_TKR, _nearest(replace(options, device_TKR=first_TKR)))
-    pick_TK = _corrected(near_TK, options, placement, slots_per_device)
+        near_TK = _at(order_TKR, _nearest(replace(options, device_TKR=first_TKR), devices))
+    pick_TK = near_TK
+    if experts_TK.size >= few * slots_per_device:
+        pick_TK = _corrected(near_TK, options, placement, slots_per_device)
     slots_TK = jnp.take_along_axis(slot_TKR, pick_TK[..., None], axis=-1)[..., 0]
     return jnp.where(valid_TK, slots_TK, -1)
 
 
-def _nearest(options: _Options) -> jax.Array:
+def _nearest(options: _Options, devices: int) -> jax.Array:
     """The nearest replica of each assignment, as an index below R; int32 [T, K]."""
     device_TKR, me = options.device_TKR, options.me
     tokens, top_k, replicas = device_TKR.shape
     here_TKR = device_TKR == me
-    pick_TK = jnp.argmax(here_TKR, axis=-1).astype(jnp.int32)
+    here_TK = jnp.argmax(here_TKR, axis=-1).astype(jnp.int32)
     open_TK = options.valid_TK & (options.count_TK > 1) & ~here_TKR.any(-1)
     # Devices the token goes to in any case; −2 for those not known yet.
-    goes_TK = jnp.where(options.valid_TK & ~open_TK, _at(device_TKR, pick_TK), -2)
-    # How many of the token's other open experts could join on each device.
-    same_TKRKR = device_TKR[:, :, :, None, None] == device_TKR[:, None, None, :, :]
-    other_KK = ~jnp.eye(top_k, dtype=bool)[:, None, :, None]
-    joins = same_TKRKR & other_KK & open_TK[:, None, None, :, None]
-    joins_TKR = jnp.sum(joins, axis=(-2, -1), dtype=jnp.int32)
+    goes_TK = jnp.where(options.valid_TK & ~open_TK, _at(device_TKR, here_TK), -2)
+    joins_TKR = _joins(device_TKR, open_TK, devices)
     turn_T = jnp.arange(tokens, dtype=jnp.int32) + me
+    # A list, not an array that is changed: every change would be a pass over memory.
+    picks, goes = [], [goes_TK[:, k] for k in range(top_k)]
     for k in range(top_k):  # one after the other: what is decided draws the next
         device_TR = device_TKR[:, k]
-        score_TR = 2 * (device_TR[:, :, None] == goes_TK[:, None, :]).any(-1).astype(jnp.int32)
+        shared_TR = reduce(or_, [device_TR == goes_T[:, None] for goes_T in goes])
+        score_TR = 2 * shared_TR.astype(jnp.int32)
         if options.host_G is not None:
-            score_TR = score_TR + _near(device_TR, goes_TK, options.host_G, me).astype(jnp.int32)
+            near_TR = _near(device_TR, jnp.stack(goes, axis=1), options.host_G, me)
+            score_TR = score_TR + near_TR.astype(jnp.int32)
         score_TR = score_TR * (top_k * replicas + 1) + joins_TKR[:, k]
         turns = jnp.arange(replicas, dtype=jnp.int32) - turn_T[:, None]
         score_TR = (score_TR + 1) * replicas - 1 - turns % options.count_TK[:, k, None]
-        best_T = jnp.argmax(jnp.where(device_TR >= 0, score_TR, -1), axis=-1).astype(jnp.int32)
-        best_T = jnp.where(open_TK[:, k], best_T, pick_TK[:, k])
-        pick_TK = pick_TK.at[:, k].set(best_T)
-        goes_TK = goes_TK.at[:, k].set(
-            jnp.where(open_TK[:, k], _at(device_TR, best_T), goes_TK[:, k])
-        )
-    return pick_TK
+        score_TR = jnp.where(device_TR >= 0, score_TR, -1)
+        best_T, at_T = _first_best(score_TR, device_TR)
+        picks.append(jnp.where(open_TK[:, k], best_T, here_TK[:, k]))
+        goes[k] = jnp.where(open_TK[:, k], at_T, goes[k])
+    return jnp.stack(picks, axis=1)
+
+
+def _joins(device_TKR: jax.Array, open_TK: jax.Array, devices: int) -> jax.Array:
+    """How many of the token's other open replicas are on each one's device; int32 [T, K, R]."""
+    on_TKRG = device_TKR[..., None] == jnp.arange(devices, dtype=jnp.int32)
+    open_TKRG = on_TKRG & open_TK[:, :, None, None]
+    own_TKG = jnp.sum(open_TKRG, axis=2, dtype=jnp.int32)
+    others_TKG = jnp.sum(own_TKG, axis=1, keepdims=True, dtype=jnp.int32) - own_TKG
+    return jnp.sum(jnp.where(on_TKRG, others_TKG[:, :, None], 0), axis=-1, dtype=jnp.int32)
+
+
+def _first_best(score_TR: jax.Array, device_TR: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first of the best replicas, and its device; int32 [T] each. R is small."""
+    most_T, best_T = score_TR[:, 0], jnp.zeros_like(score_TR[:, 0])
+    at_T = device_TR[:, 0]
+    for r in range(1, score_TR.shape[1]):
+        better_T = score_TR[:, r] > most_T
+        most_T = jnp.where(better_T, score_TR[:, r], most_T)
+        best_T = jnp.where(better_T, jnp.int32(r), best_T)
+        at_T = jnp.where(better_T, device_TR[:, r], at_T)
+    return best_T, at_T
 
 
 def _near(device_TR: jax.Array, goes_TK: jax.Array, host_G: jax.Array, me: jax.Array) -> jax.Array:
@@ -172,7 +208,15 @@ def _corrected(
         at_TK = jnp.where(stays_TK, _at(options.device_TKR, pick_TK), devices)
         fixed_G = jnp.zeros(devices, jnp.int32).at[at_TK].add(1, mode="drop")
         fixed_G = collectives.psum_statistics(fixed_G, EXPERT)
-    target_ER = _settle(total_ER, slots_ER // slots_per_device, real_ER, devices, fixed_G)
+    target_ER = settle(
+        total_ER,
+        slots_ER // slots_per_device,
+        real_ER,
+        devices,
+        fixed_G,
+        percent=LOAD_PERCENT,
+        rounds=ROUNDS,
+    )
 
     # This device's part of what each replica gives away, and of what each one is given. Shares are
     # rounded up on some devices and down on others, so that the parts sum to about the whole.
@@ -180,12 +224,12 @@ def _corrected(
     takes_ER = jnp.maximum(target_ER - total_ER, 0)
     spread_E1 = me + 3 * jnp.arange(num_experts, dtype=jnp.int32)[:, None]
     spread_ER = spread_E1 + 5 * jnp.arange(replicas, dtype=jnp.int32)
-    quota_ER = _part(count_ER, gives_ER, total_ER, spread_ER % devices, devices)
+    quota_ER = part_of(count_ER, gives_ER, total_ER, spread_ER % devices, devices)
     quota_ER = jnp.where(gives_ER > 0, jnp.minimum(quota_ER, count_ER), 0)
     pool_E1 = jnp.sum(quota_ER, axis=1, keepdims=True, dtype=jnp.int32)
     upto_ER = jnp.cumsum(takes_ER, axis=1, dtype=jnp.int32)
     all_E1 = upto_ER[:, -1:]
-    edge_ER = _part(pool_E1, upto_ER, all_E1, (spread_E1 + 2) % devices, devices)
+    edge_ER = part_of(pool_E1, upto_ER, all_E1, (spread_E1 + 2) % devices, devices)
     edge_ER = jnp.where(upto_ER == all_E1, pool_E1, jnp.minimum(edge_ER, pool_E1))
 
     order_A, group_A = _cheapest_first(pick_TK, takes_ER, options)
@@ -239,75 +283,6 @@ def _cheapest_first(
     order_A = jnp.argsort(key_A, stable=True).astype(jnp.int32)
     last = takes_ER.size - 1
     return order_A, jnp.minimum(key_A[order_A] // 4, last)
-
-
-def _settle(
-    count_ER: jax.Array,
-    device_ER: jax.Array,
-    real_ER: jax.Array,
-    devices: int,
-    fixed_G: jax.Array | None = None,
-) -> jax.Array:
-    """How many assignments each replica shall have; int32 [E, R], each expert's sum unchanged.
-
-    Devices have `fixed_G` others, too, that stay where they are.
-
-    In every round a device above the limit pushes its excess to the least loaded replicas of its
-    experts: those below the limit if they suffice, or else further ones with less load, by half of
-    the difference, which push on in the next round.
-    """
-    total = jnp.sum(count_ER, dtype=jnp.int32)
-    if fixed_G is not None:
-        total = total + jnp.sum(fixed_G, dtype=jnp.int32)
-    mean = (total + devices - 1) // devices
-    limit = mean + mean * (LOAD_PERCENT - 100) // 100
-    is_on_ERG = device_ER[..., None] == jnp.arange(devices, dtype=jnp.int32)
-
-    def on_devices(x_ER: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(is_on_ERG, x_ER[..., None], 0), axis=(0, 1), dtype=jnp.int32)
-
-    def one_round(_, count_ER: jax.Array) -> jax.Array:
-        load_G = on_devices(count_ER)
-        if fixed_G is not None:
-            load_G = load_G + fixed_G
-        over_G = jnp.maximum(load_G - limit, 0)
-        load_ER = load_G[device_ER]
-        open_ER = jnp.where(real_ER, load_ER, jnp.iinfo(jnp.int32).max)
-        best_E1 = jnp.argmin(open_ER, axis=1, keepdims=True).astype(jnp.int32)
-        least_E1 = jnp.min(open_ER, axis=1, keepdims=True)
-        gap_ER = jnp.where(real_ER, load_ER - least_E1, 0)
-        any_ER = jnp.where((gap_ER > 1) & (over_G[device_ER] > 0), count_ER, 0)
-        good_ER = jnp.where(least_E1 < limit, any_ER, 0)
-        enough_G = on_devices(good_ER) >= over_G
-        from_ER = jnp.where(enough_G[device_ER], good_ER, any_ER)
-        out_G = on_devices(from_ER)
-        push_ER = _part(from_ER, jnp.minimum(over_G, out_G)[device_ER], out_G[device_ER])
-        push_ER = jnp.minimum(push_ER, gap_ER // 2)
-
-        to_E1 = jnp.take_along_axis(device_ER, best_E1, axis=1)
-        is_to_EG = to_E1 == jnp.arange(devices, dtype=jnp.int32)
-        push_E1 = jnp.sum(push_ER, axis=1, keepdims=True, dtype=jnp.int32)
-        in_G = jnp.sum(jnp.where(is_to_EG, push_E1, 0), axis=0, dtype=jnp.int32)
-        from_E1 = jnp.max(jnp.where(push_ER > 0, load_ER, 0), axis=1, keepdims=True)
-        top_G = jnp.max(jnp.where(is_to_EG, from_E1, 0), axis=0)
-        room_G = jnp.maximum(jnp.maximum(limit - load_G, (top_G - load_G) // 2), 0)
-        push_ER = _part(push_ER, jnp.minimum(room_G, in_G)[to_E1], in_G[to_E1])
-        push_E1 = jnp.sum(push_ER, axis=1, keepdims=True, dtype=jnp.int32)
-        is_best_ER = jnp.arange(count_ER.shape[1], dtype=jnp.int32) == best_E1
-        return count_ER - push_ER + jnp.where(is_best_ER, push_E1, 0)
-
-    return lax.fori_loop(0, ROUNDS, one_round, count_ER)
-
-
-def _part(
-    count: jax.Array, part: jax.Array, whole: jax.Array, up: jax.Array | int = 0, of: int = 1
-) -> jax.Array:
-    """⌊count · part / whole + up / of⌋ in int32 without overflow; the ratio is kept to 15 bits."""
-    whole = jnp.maximum(whole, 1)
-    shift = jnp.maximum(17 - lax.clz(whole), 0)
-    whole = whole >> shift
-    part = jnp.minimum(part >> shift, whole)
-    return count // whole * part + (count % whole * part + up * whole // of) // whole
 
 
 def _at(x_TKR: jax.Array, pick_TK: jax.Array) -> jax.Array:

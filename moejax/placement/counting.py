@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float32, Int
 
 from moejax.placement.statistics import Statistics
-from sharding.collectives import psum_statistics
+from sharding.collectives import all_gather, psum_statistics
 from sharding.mesh import TOKEN_AXES
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "fade",
     "make_counters",
     "read_counters",
+    "read_each",
     "sample_stride",
 ]
 
@@ -159,6 +160,15 @@ def read_counters(counters: Counts, mesh: Mesh) -> Statistics:
     return Statistics(total.pairs_LEE, total.load_LE, total.tokens_L)
 
 
+def read_each(counters: Counts, mesh: Mesh) -> Counts:
+    """The counts of each device in host memory, pairs left out. Every process has to call it.
+
+    Args:
+        counters, mesh: as for `read_counters`.
+    """
+    return jax.device_get(_each(mesh)(jax.block_until_ready(counters)))
+
+
 def begin_reading(counters: Counts, mesh: Mesh) -> tuple[Counts, Counts]:
     """Starts what `read_counters` does, for one process that goes on meanwhile.
 
@@ -206,6 +216,16 @@ def _copied(mesh: Mesh) -> Any:
     mapped = jax.shard_map(
         copied, mesh=mesh, in_specs=COUNTERS_SPEC, out_specs=specs, check_vma=False
     )
+    return jax.jit(mapped)
+
+
+@cache
+def _each(mesh: Mesh) -> Any:
+    def each(counters: Counts) -> Counts:
+        few = replace(counters, pairs_LEE=counters.pairs_LEE[..., :0])
+        return jax.tree.map(lambda count: all_gather(count, TOKEN_AXES), few)
+
+    mapped = jax.shard_map(each, mesh=mesh, in_specs=COUNTERS_SPEC, out_specs=P(), check_vma=False)
     return jax.jit(mapped)
 
 

@@ -5,8 +5,8 @@ knows where experts are computed. A placement's slots are filled from there in e
 waves of `moejax.placement.moves`; the transpose runs the same waves the other way.
 
 The copies are values like others for the backward: with `remat="none"` those of every layer are
-kept (S experts in the compute dtype), with `layer` and `dots` a layer's are fetched once more when
-it is recomputed, so that only one layer's are there at a time.
+kept (S experts in the compute dtype), otherwise a layer's are fetched once more when it is
+recomputed, so that only one layer's are there at a time.
 """
 
 from __future__ import annotations

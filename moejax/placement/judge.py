@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moejax.config import ModelConfig
     from moejax.data.corpus import Document
     from moejax.data.tokenizer import Tokenizer
-    from moejax.layer import MoEAux
+    from moejax.moe_aux import MoEAux
     from moejax.training.state import Blueprint
 
 __all__ = ["Judge", "Judged", "Windows", "check_levels", "relative_increase", "windows_of"]

@@ -42,7 +42,9 @@ def migrate(banks: Any, old_P: Int32[Array, " P"], new_P: Int32[Array, " P"]) ->
     """
     devices = collectives.axis_size(EXPERT)
     rows = old_P.shape[0] // devices
-    return carry_out(banks, make_moves(choose_sources(old_P, new_P, devices), rows))
+    # Few experts of a layer travel at a time: small buckets, which are not much padded then.
+    bucket = max(1, rows // (8 * devices))
+    return carry_out(banks, make_moves(choose_sources(old_P, new_P, devices), rows, bucket))
 
 
 def choose_sources(old_P: jax.Array, new_P: jax.Array, devices: int) -> jax.Array:

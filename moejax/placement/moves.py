@@ -4,11 +4,12 @@ Who sends what is known to all devices, since all know the whole placement, so n
 upon: buckets of B experts for each (source, destination) pair go out by `all_to_all`, in as many
 waves as the fullest pair needs. What lies on the slot's own device is copied and never sent.
 
-A wave moves B·(G−1) experts off each device. With B = ceil(S / G) it holds about as many experts as
-a device has slots, both out and in, so 2·S experts are in memory beside the slots, whatever the
-placement; a smaller B pads less in the last wave and needs more of them, a larger one the other way
-round. A device sends waves·B·(G−1) experts: none where all is at hand, and no more than S·(G−1), as
-gathering the whole bank does, unless B does not divide S.
+A wave moves B·(G−1) experts off each device, and 2·B·G experts are in memory beside the slots,
+whatever the placement. With B = ceil(S / G) that is about as many as a device has slots, for
+placements in which most experts travel; a smaller B pads less and needs more waves, for those in
+which few do. A device sends waves·B·(G−1) experts: none where all is at hand, and no more than
+S·(G−1), as gathering the whole bank does, unless B does not divide S. Beside what travels, a wave
+touches only the slots that it fills.
 
 Letters: G devices along `expert`, S slots of a device, P = G·S, B bucket, W = B · most waves.
 """
@@ -35,8 +36,6 @@ class Moves:
     """This device's part of filling all slots.
 
     local_S: int32 [S], the own row that is copied into each slot; −1 for none.
-    device_S: int32 [S], the device that a slot's expert comes from; −1 where none comes.
-    rank_S: int32 [S], how many slots before it are filled from the same device.
     out_GW: int32 [G, W], own rows for each device, in the order of its slots; −1 for none.
     in_GW: int32 [G, W], slots that are filled from each device, in order; −1 for none.
     num_waves: int32 [], equal on all devices.
@@ -45,8 +44,6 @@ class Moves:
     """
 
     local_S: jax.Array
-    device_S: jax.Array
-    rank_S: jax.Array
     out_GW: jax.Array
     in_GW: jax.Array
     num_waves: jax.Array
@@ -64,19 +61,20 @@ def bucket_size(slots: int, devices: int) -> int:
     return -(-slots // devices)
 
 
-def make_moves(source_P: Int32[Array, " P"], rows: int) -> Moves:
+def make_moves(source_P: Int32[Array, " P"], rows: int, bucket: int | None = None) -> Moves:
     """Plans, alike on all devices, how slots are filled; inside the shard_map.
 
     Args:
         source_P: int32 [G·S], the row that each slot is filled from, counted over all devices; −1
             leaves a slot empty.
         rows: of a device's source.
+        bucket: B; None: `bucket_size`.
     """
     devices = collectives.axis_size(EXPERT)
     me = collectives.axis_index(EXPERT)
     source_GS = source_P.reshape(devices, -1)
     slots = source_GS.shape[1]
-    bucket = bucket_size(slots, devices)
+    bucket = bucket or bucket_size(slots, devices)
     every_G1 = jnp.arange(devices, dtype=jnp.int32)[:, None]
     device_GS = jnp.where(source_GS >= 0, source_GS // rows, -1)
     travels_GS = (device_GS >= 0) & (device_GS != every_G1)
@@ -92,8 +90,6 @@ def make_moves(source_P: Int32[Array, " P"], rows: int) -> Moves:
     rows_GW = jnp.take_along_axis(source_GS % rows, jnp.clip(to_GW, 0, slots - 1), axis=1)
     return Moves(
         local_S=jnp.where((mine_S >= 0) & ~come_S, mine_S % rows, -1),
-        device_S=device_S,
-        rank_S=rank_GS[me],
         out_GW=jnp.where(to_GW >= 0, rows_GW, -1),
         in_GW=_listed(device_S == every_G1, width),
         num_waves=jnp.max(waves_GS),
@@ -129,14 +125,13 @@ def carry_out(banks: Any, moves: Moves) -> Any:
         filled = jnp.take(bank, moves.local_S, axis=0, mode="clip")
         return jnp.where(_along(moves.local_S >= 0, filled), filled, jnp.zeros_like(filled))
 
-    wave_S = jnp.where(moves.device_S >= 0, moves.rank_S // moves.bucket, -1)
-    place_S = moves.device_S * moves.bucket + moves.rank_S % moves.bucket
-
     def one_wave(wave: jax.Array, filled: Any) -> Any:
+        slots_N = _of_wave(moves.in_GW, wave, moves.bucket).reshape(-1)
+
         def one(bank: jax.Array, filled: jax.Array) -> jax.Array:
             got = _exchanged(bank, moves.out_GW, wave, moves.bucket)
-            new = jnp.take(got, place_S, axis=0, mode="clip")
-            return jnp.where(_along(wave_S == wave, new), new, filled)
+            places_N = jnp.where(slots_N >= 0, slots_N, filled.shape[0])
+            return filled.at[places_N].set(got, mode="drop", unique_indices=True)
 
         return jax.tree.map(one, banks, filled)
 
@@ -147,7 +142,8 @@ def carry_home(slots: Any, moves: Moves) -> Any:
     """The transpose of `carry_out`: what is in the slots, summed in the rows it came from.
 
     Sums are taken in float32 in an order that the moves fix, own slots first, then wave by wave and
-    in it slot by slot, never by atomics: the same moves give the same bits. One rounding.
+    in it slot by slot, never by atomics: the same moves give the same bits. One rounding. A pass
+    over the rows adds one term to each, so that there are as many as a row has terms at most.
 
     Args:
         slots: pytree of float [S, …].
@@ -158,14 +154,13 @@ def carry_home(slots: Any, moves: Moves) -> Any:
     """
 
     def own(slot: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((moves.rows, *slot.shape[1:]), jnp.float32)
-        return _added(zeros, moves.local_S, slot)
+        return _added(None, moves.local_S, moves.rows, slot)
 
     def one_wave(wave: jax.Array, sums: Any) -> Any:
         def one(slot: jax.Array, sums: jax.Array) -> jax.Array:
             got = _exchanged(slot, moves.in_GW, wave, moves.bucket)
             rows_GB = _of_wave(moves.out_GW, wave, moves.bucket)
-            return _added(sums, rows_GB.reshape(-1), got)
+            return _added(sums, rows_GB.reshape(-1), moves.rows, got)
 
         return jax.tree.map(one, slots, sums)
 
@@ -197,17 +192,36 @@ def _exchanged(rows: jax.Array, table_GW: jax.Array, wave: jax.Array, bucket: in
     return got.reshape(-1, *rows.shape[1:])
 
 
-def _added(sums: jax.Array, rows_N: jax.Array, terms: jax.Array) -> jax.Array:
-    """Adds terms [N, …] to rows of float32 sums one after the other; row −1 takes none."""
+def _added(sums: jax.Array | None, rows_N: jax.Array, rows: int, terms: jax.Array) -> jax.Array:
+    """Adds terms [N, …] to float32 sums [rows, …], those of a row in order; row −1 takes none.
 
-    def one(i: jax.Array, sums: jax.Array) -> jax.Array:
-        row = jnp.maximum(rows_N[i], 0)
-        old = lax.dynamic_index_in_dim(sums, row, keepdims=False)
-        term = lax.dynamic_index_in_dim(terms, i, keepdims=False).astype(jnp.float32)
-        new = jnp.where(rows_N[i] >= 0, old + term, old)
-        return lax.dynamic_update_index_in_dim(sums, new, row, 0)
+    Without sums they begin with the first terms.
+    """
+    number = rows_N.shape[0]
+    index_N = jnp.arange(number, dtype=jnp.int32)
+    earlier_NN = (rows_N == rows_N[:, None]) & (index_N < index_N[:, None])
+    turn_N = jnp.where(rows_N >= 0, jnp.sum(earlier_NN, axis=1, dtype=jnp.int32), -1)
 
-    return lax.fori_loop(0, terms.shape[0], one, sums)
+    def of_turn(turn: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """The term of each row whose turn it is, in float32, and whether there is one."""
+        to_N = jnp.where(turn_N == turn, rows_N, rows)
+        term_R = jnp.full((rows,), -1, jnp.int32)
+        term_R = term_R.at[to_N].set(index_N, mode="drop", unique_indices=False)
+        found = jnp.take(terms, term_R, axis=0, mode="clip").astype(jnp.float32)
+        return found, _along(term_R >= 0, found)
+
+    def one(carry: Any) -> Any:
+        turn, sums = carry
+        found, there = of_turn(turn)
+        return turn + 1, jnp.where(there, sums + found, sums)
+
+    first = 0
+    if sums is None:
+        found, there = of_turn(0)
+        sums, first = jnp.where(there, found, 0.0), 1
+    begin = (jnp.asarray(first, jnp.int32), sums)
+    turns = jnp.max(turn_N, initial=-1) + 1
+    return lax.while_loop(lambda carry: carry[0] < turns, one, begin)[1]
 
 
 def _along(mask_S: jax.Array, like: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ def open_texts(config: SweepConfig) -> tuple[ModelSource, list[Document], list[D
     source.need_tokenizer()
     if not any(layer.moe for layer in source.config.layers()):
         raise UserError(f"{source.path}: the model has no layer with experts")
+    source.config.check_equal_experts("a sweep over placements")
     if config.window > source.config.max_context:
         raise UserError(
             f"--window {config.window}: longer than the model's context of "

@@ -6,14 +6,18 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
-__all__ = ["RouterBias", "update_bias"]
+__all__ = ["RouterBias", "RouterState", "update_bias"]
 
 
-class RouterBias(nnx.Variable):
-    """Selection bias of a router, float32 [E].
+class RouterState(nnx.Variable):
+    """What a router keeps beside its parameters.
 
     A type of its own so that the optimizer, which asks for `nnx.Param`, does not see it.
     """
+
+
+class RouterBias(RouterState):
+    """Selection bias of a router, float32 [E]."""
 
 
 def update_bias(

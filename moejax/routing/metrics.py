@@ -15,6 +15,7 @@ def router_metrics(
     entropy_sum: ArrayLike,
     num_tokens: ArrayLike,
     kept: ArrayLike | None = None,
+    experts: ArrayLike | None = None,
 ) -> dict[str, ArrayLike]:
     """Metrics from the statistics of `Routing`, summed over the devices beforehand.
 
@@ -25,6 +26,8 @@ def router_metrics(
         entropy_sum: float32 [...], nats.
         num_tokens: int32 [...], tokens counted.
         kept: float32 [...], score mass kept, summed over tokens; None without locality.
+        experts: [...], experts of each layer, where some have fewer than E, with counts filled up
+            with 0; None: all have E.
 
     Returns:
         `tokens_per_expert`: int32 [..., E]; `entropy`: float32 [...], nats, mean over tokens, at
@@ -34,12 +37,13 @@ def router_metrics(
     """
     assignments = counts_E.sum(axis=-1).clip(min=1).astype(np.float32)
     busiest = counts_E.max(axis=-1).astype(np.float32)
+    number = counts_E.shape[-1] if experts is None else experts.astype(np.float32)
     mass = {}
     if kept is not None:
         mass["score_mass_kept"] = kept.sum() / num_tokens.sum().clip(min=1).astype(np.float32)
     return {
         "tokens_per_expert": counts_E,
         "entropy": entropy_sum / num_tokens.clip(min=1).astype(np.float32),
-        "max_over_mean": busiest * counts_E.shape[-1] / assignments,
+        "max_over_mean": busiest * number / assignments,
         **mass,
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from moejax.routing.bias import RouterBias
 from moejax.routing.choice import choose_experts, deal_experts, selection_scores
 from moejax.routing.locality import Reach
 from moejax.routing.losses import RouterLosses, router_losses
+from moejax.routing.merged import RouterTable, initial_table, redirect
 from moejax.routing.near import choose_near, mass_kept
 from pallas_kernels.route.router_product import router_product
 from sharding.mesh import TOKEN_AXES
@@ -41,7 +42,8 @@ class Routing:
 
     scores_TK: float32 [T, K], weights of the chosen experts; differentiable. 0 for masked tokens.
     experts_TK: int32 [T, K], logical experts, distinct within a token, by descending selection
-        score (as dealt under `forced_balance`). All −1 for masked tokens.
+        score (as dealt under `forced_balance`). All −1 for masked tokens; of merged experts, −1
+        for an output of the router whose expert the token has already.
     losses: this device's share of the auxiliary losses.
     counts_E: int32 [E], assignments to each expert from this device.
     entropy_sum: float32 [], nats, entropy of the normalised scores summed over this device's
@@ -75,7 +77,7 @@ def route(
 
     Args:
         logits_TE: float32 [T, E].
-        config: the router's configuration.
+        config: the router's configuration; of merged experts, `of_outputs`.
         bias_E: float32 [E], added for choosing only; it gets no gradient.
         token_mask_T: bool [T], False for padding: such tokens go nowhere and count nowhere.
         axes: mesh axes that tokens are split over; () outside of a shard_map.
@@ -159,7 +161,7 @@ def _count(experts_TK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _kept_float32(variable: type[nnx.Variable], value: jax.Array) -> Any:
-    """A replicated variable that keeps float32 when other weights become the compute dtype."""
+    """A replicated variable that keeps its dtype when other weights become the compute dtype."""
     return variable(value, spec=PartitionSpec(), float32=True)
 
 
@@ -171,6 +173,8 @@ class Router(nnx.Module):
         b_E: float32 [E] bias of the logits, or None (`config.bias`).
         selection_bias_E: `RouterBias` [E] that only the choice sees, or None
             (`config.selection_bias`); `update_bias` moves it.
+        table_R: `RouterTable` [R], the expert that each output became, or None
+            (`config.merged_from`); the other variables are of outputs then, R in place of E.
 
     All carry the metadata `spec` (replicated) and `float32=True`: they stay float32 when the other
     weights are cast to the compute dtype.
@@ -185,13 +189,18 @@ class Router(nnx.Module):
             rngs: the stream `params` draws the weight.
         """
         self.config = config
-        num_experts = config.num_experts
-        w_DE = jax.random.normal(rngs.params(), (d_model, num_experts), jnp.float32)
+        outputs = config.num_outputs
+        w_DE = jax.random.normal(rngs.params(), (d_model, outputs), jnp.float32)
         self.w_DE = _kept_float32(nnx.Param, w_DE / math.sqrt(d_model))
-        zeros = partial(jnp.zeros, num_experts, jnp.float32)  # an array each: buffers are donated
+        zeros = partial(jnp.zeros, outputs, jnp.float32)  # an array each: buffers are donated
         self.b_E = _kept_float32(nnx.Param, zeros()) if config.bias else None
         self.selection_bias_E = (
             _kept_float32(RouterBias, zeros()) if config.selection_bias else None
+        )
+        self.table_R = (
+            None
+            if config.merged_from is None
+            else _kept_float32(RouterTable, initial_table(outputs, config.num_experts))
         )
 
     def __call__(
@@ -201,6 +210,7 @@ class Router(nnx.Module):
         token_mask_T: Bool[Array, " T"] | None = None,
         axes: Sequence[str] = TOKEN_AXES,
         reach: Reach | None = None,
+        bonus_E: Float32[Array, " E"] | None = None,
     ) -> Routing:
         """Routes tokens.
 
@@ -209,6 +219,8 @@ class Router(nnx.Module):
             token_mask_T: bool [T], False for padding; None counts all tokens.
             axes: mesh axes that tokens are split over; () outside of a shard_map.
             reach: where the experts are, for a choice by distance, too; None: by scores alone.
+            bonus_E: float32 [E], added for choosing only, to what each expert's selection score is;
+                without a gradient. Lossy: None chooses as the model learned.
 
         Returns:
             The routing of this device's tokens.
@@ -216,15 +228,26 @@ class Router(nnx.Module):
         if token_mask_T is not None:
             # Also of the weight's gradient: what padding holds times a cotangent of 0 may be NaN.
             x_TD = jnp.where(token_mask_T[:, None], x_TD, jnp.zeros((), x_TD.dtype))
-        logits_TE = router_product(x_TD, self.w_DE[...])
-        if self.b_E is not None:
-            logits_TE = logits_TE + self.b_E[...]
+        logits_TE = self.logits(x_TD)
         bias_E = None if self.selection_bias_E is None else self.selection_bias_E[...]
-        return route(
+        if bonus_E is not None:
+            bonus_R = bonus_E if self.table_R is None else bonus_E[self.table_R[...]]
+            bias_E = bonus_R if bias_E is None else bias_E + bonus_R
+        routing = route(
             logits_TE,
-            self.config,
+            self.config.of_outputs,
             bias_E=bias_E,
             token_mask_T=token_mask_T,
             axes=axes,
             reach=reach,
         )
+        if self.table_R is None:
+            return routing
+        experts_TK, scores_TK = redirect(routing.experts_TK, routing.scores_TK, self.table_R[...])
+        counts_E = _count(experts_TK, self.config.num_experts)
+        return replace(routing, experts_TK=experts_TK, scores_TK=scores_TK, counts_E=counts_E)
+
+    def logits(self, x_TD: Float[Array, "T D"]) -> Float32[Array, "T E"]:
+        """The outputs for tokens, float32; of merged experts [T, R]."""
+        logits_TE = router_product(x_TD, self.w_DE[...])
+        return logits_TE if self.b_E is None else logits_TE + self.b_E[...]

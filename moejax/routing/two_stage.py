@@ -162,7 +162,8 @@ def within_devices(
         enough_TU = count_T[:, None] + _most_with(fresh_TU, left) >= k
         can_TU = fresh_TU > 0
         can_TU = can_TU & (enough_TU | ~(can_TU & enough_TU).any(-1, keepdims=True))
-        sum_TU = jnp.where(can_TU, sum_TU, -jnp.inf)
+        # In memory: added up again in another fusion, the largest may equal none.
+        sum_TU = lax.optimization_barrier(jnp.where(can_TU, sum_TU, -jnp.inf))
         is_best_TU = can_TU & (sum_TU == jnp.max(sum_TU, axis=-1, keepdims=True))
         last = jnp.int32(3 * units)
         pick_T = jnp.argmin(jnp.where(is_best_TU, turn_U, last), axis=-1).astype(jnp.int32)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -98,9 +98,11 @@ def main(config: BenchConfig) -> None:
     Raises:
         UserError: whatever a user can mend.
     """
+    # Files first: a wrong name should be told before a model is loaded.
+    texts = _texts(config)
     # The same prompts come again: pages kept of them would be measured, not the model.
     with running_model(config, chats=False, prefix_reuse=False) as (model, loop):
-        prompts = _prompts(config, model, loop)
+        prompts = _prompts(config, texts, model, loop)
         params = SamplingParams(temperature=0, max_tokens=config.max_tokens, ignore_eos=True)
         rows = []
         print(_HEAD)
@@ -162,22 +164,31 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     return tuple(np.percentile(values, [50, 99]).tolist()) if values else (0.0, 0.0)
 
 
-def _prompts(config: BenchConfig, model: TextModel, loop: EngineLoop) -> Any:
+def _texts(config: BenchConfig) -> list[str]:
+    """The prompts of the file; empty where none is named."""
+    if not config.prompts:
+        return []
+    try:
+        lines = Path(config.prompts).read_bytes().decode().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"--prompts {config.prompts}: {error.strerror or error}; check the path"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompts {config.prompts}: not UTF-8 at byte {error.start}; give text in UTF-8"
+        ) from None
+    if not any(lines):
+        raise UserError(f"--prompts {config.prompts}: holds no text; give a text a line")
+    return [line for line in lines if line]
+
+
+def _prompts(
+    config: BenchConfig, texts: Sequence[str], model: TextModel, loop: EngineLoop
+) -> Callable[[int], list[np.ndarray]]:
     """Gives so many prompts, each time others."""
-    if config.prompts:
-        try:
-            lines = Path(config.prompts).read_bytes().decode().splitlines()
-        except OSError as error:
-            raise UserError(
-                f"--prompts {config.prompts}: {error.strerror or error}; check the path"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--prompts {config.prompts}: not UTF-8 at byte {error.start}; give text in UTF-8"
-            ) from None
-        given = [model.encode(line) for line in lines if line]
-        if not given:
-            raise UserError(f"--prompts {config.prompts}: holds no text; give a text a line")
+    if texts:
+        given = [model.encode(text) for text in texts]
         return lambda count: [given[i % len(given)] for i in range(count)]
     longest = loop.engine.max_len
     if config.prompt_tokens + config.max_tokens > longest:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from moejax.errors import UserError
+from moejax.serving.offload_flags import OffloadFlags
+from sharding.join_flags import JoinFlags
 
 if TYPE_CHECKING:
     from moejax.inference.engine import EngineSettings
@@ -16,7 +18,7 @@ REBALANCE_EVERY = 1000
 
 
 @dataclass(frozen=True)
-class ModelFlags:
+class ModelFlags(JoinFlags):
     """Which model, and where it runs.
 
     Attributes:
@@ -50,12 +52,13 @@ class ModelFlags:
     max_devices: int | None = None
 
     def __post_init__(self) -> None:
+        self.check_joining()
         if self.devices < 0:
             raise UserError(f"--devices {self.devices}: must be 0 (as needed) or more")
 
 
 @dataclass(frozen=True)
-class EngineFlags(ModelFlags):
+class EngineFlags(OffloadFlags, ModelFlags):
     """How much is continued at once.
 
     Attributes:
@@ -97,6 +100,25 @@ class EngineFlags(ModelFlags):
                     "or more"
                 )
         self._check_placement()
+        self.check_offload()
+        if self.offload and self.placement != "home":
+            raise UserError(
+                f"--offload with --placement {self.placement}: experts in host memory come to the "
+                "slots of one device as they are needed; leave one of them out"
+            )
+        if self.offload_bonus and self.deterministic:
+            raise UserError(
+                f"--offload-bonus {self.offload_bonus} with --deterministic: what is chosen would "
+                "depend on what other texts have brought to the device; leave one of them out"
+            )
+        if self.offload_miss_dtype != "none" and self.deterministic:
+            raise UserError(
+                f"--offload-miss-dtype {self.offload_miss_dtype} with --deterministic: what is "
+                "computed would depend on what other texts have brought to the device; leave one "
+                "of them out"
+            )
+        if self.offload and self.distributed:
+            raise UserError("--offload with --distributed: is of one device; leave one of them out")
         hold = self.pages * self.page_len
         if 0 < hold < self.max_len:
             raise UserError(

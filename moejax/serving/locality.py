@@ -92,11 +92,11 @@ def check_limits(model: ModelConfig, shape: MeshShape, slots: int | None) -> lis
     if devices == 1:
         return ["routing prefers near experts, and on expert=1 all are near: nothing changes"]
     hosts = hosts_along_experts(model.moe, devices, None) or (0,) * devices
-    slots_P = slots_at_home(model.moe.router.num_experts, devices)
-    if slots is not None:
-        slots_P = np.zeros(slots * devices, np.int32)
     for layer in model.layers():
         if layer.moe is not None:
+            slots_P = slots_at_home(layer.moe.router.num_experts, devices)
+            if slots is not None:
+                slots_P = np.zeros(slots * devices, np.int32)
             check_room(locality, layer.moe.router.top_k, slots_P, hosts)
     lines = []
     if locality.max_devices is not None and locality.max_devices >= devices:

@@ -16,7 +16,9 @@ __all__ = ["draw_pairs", "draw_routes", "lift"]
 _MAPS = 16  # layers that one picture of pairs shows
 
 
-def draw_routes(counts_LE: np.ndarray, layers: Sequence[int], path: str) -> None:
+def draw_routes(
+    counts_LE: np.ndarray, layers: Sequence[int], path: str, experts_by_layer: Sequence[int]
+) -> None:
     """Draws the share of each expert in its layer, as a multiple of an equal share.
 
     The experts of a layer are numbered as they are; they are not related across layers.
@@ -25,11 +27,14 @@ def draw_routes(counts_LE: np.ndarray, layers: Sequence[int], path: str) -> None
         counts_LE: [L, E], uses of each expert.
         layers: [L], the layers' numbers in the model.
         path: .png or .svg.
+        experts_by_layer: [L]; what a layer has less than E is left blank.
     """
     from matplotlib.figure import Figure
 
     num_layers, experts = counts_LE.shape
-    shares_LE = counts_LE / np.maximum(counts_LE.sum(axis=1, keepdims=True), 1) * experts
+    numbers_L1 = np.array(experts_by_layer)[:, None]
+    shares_LE = counts_LE / np.maximum(counts_LE.sum(axis=1, keepdims=True), 1) * numbers_L1
+    shares_LE[np.arange(experts) >= numbers_L1] = np.nan
     figure = Figure((min(4 + experts / 12, 16), min(2 + num_layers / 4, 16)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares_LE, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")

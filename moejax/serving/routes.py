@@ -127,7 +127,7 @@ def main(config: RoutesConfig) -> None:
         np.savez(config.counts, counts=load_LE, layers=layers, tokens=tokens)
     if config.picture:
         with _told(config.picture):
-            draw_routes(load_LE, layers, config.picture)
+            draw_routes(load_LE, layers, config.picture, source.config.expert_numbers)
     if config.pairs_picture:
         with _told(config.pairs_picture):
             draw_pairs(recording.pairs_LEE, load_LE, tokens, layers, config.pairs_picture)
@@ -141,15 +141,16 @@ def main(config: RoutesConfig) -> None:
         trace = Trace(recording.experts_NLK, lens, experts, tuple(config.domains))
         write_trace(config.trace, trace)
     uses = load_LE.sum(axis=1, keepdims=True)
-    busiest = (load_LE / uses).max() * load_LE.shape[1]
-    idle = int((load_LE == 0).sum())
+    numbers = np.array(source.config.expert_numbers)
+    busiest = ((load_LE / uses).max(axis=1) * numbers).max()
+    idle = int(numbers.sum() - (load_LE > 0).sum())
     files = (
         *(config.counts, config.picture, config.pairs_picture),
         *(config.placement_stats, config.trace),
     )
     note(
         f"{tokens} tokens; the busiest expert of a layer has {busiest:.1f} times the mean, "
-        f"{idle} of {load_LE.size} are idle; {' '.join(filter(None, files))}"
+        f"{idle} of {numbers.sum()} are idle; {' '.join(filter(None, files))}"
     )
 
 

@@ -10,9 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax.errors import UserError
+from moejax.offload.host_limit import allow_pinned_memory
 from moejax.progress import NowAndThen
 from moejax.serving.flags import EngineFlags, ModelFlags
 from moejax.serving.locality import check_deterministic, check_limits, with_locality
+from sharding.distributed import (
+    check_same,
+    fake_devices,
+    from_first,
+    is_first,
+    num_processes,
+    several,
+)
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -21,12 +31,15 @@ if TYPE_CHECKING:
     from moejax.data.tokenizer import Tokenizer
     from moejax.inference.engine import Engine, EngineSettings
     from moejax.inference.source import ModelSource
+    from moejax.inference.stored import Keep
+    from moejax.offload.experts import OffloadedExperts
     from moejax.serving.loop import EngineLoop
     from moejax.serving.text_model import TextModel
     from moejax.training.state import Blueprint
     from sharding.mesh import MeshShape
 
 __all__ = [
+    "follow",
     "keep_compiled_programs",
     "load_model",
     "make_engine",
@@ -48,14 +61,19 @@ def start_devices(flags: ModelFlags, model: ModelConfig) -> MeshShape:
 
     from sharding.mesh import MeshShape
 
+    if getattr(flags, "offload", False):
+        allow_pinned_memory()
     named = None if flags.mesh == "auto" else MeshShape.parse(flags.mesh)
-    wanted = flags.devices or (named.size if named else 1)
+    wanted = fake_devices(flags.devices or (named.size if named else num_processes()))
     # A program that called `main` may have started its devices; `make_mesh` tells if they are few.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", wanted)
     if named is not None:
         return named
-    return MeshShape(expert=min(len(jax.devices()), model.moe.router.num_experts))
+    if getattr(flags, "offload", False):
+        return MeshShape()
+    some = range(1, len(jax.devices()) + 1)
+    return MeshShape(expert=max(filter(model.holds_experts, some), default=1))
 
 
 def load_model(
@@ -68,9 +86,19 @@ def load_model(
     """
     import jax.numpy as jnp
 
-    from moejax.inference.expert_weights import quantized_blueprint, quantizing
+    from moejax.training.state import load_weights
+
+    blueprint = _blueprint(source, shape, dtype)
+    compute = jnp.dtype(blueprint.config.compute_dtype)
+    if expert_weights == "none":
+        return blueprint, *load_weights(source.weights(blueprint), blueprint, compute)
+    quantized, keep = _quantized(blueprint, expert_weights)
+    return quantized, *load_weights(source.weights(blueprint, keep), quantized, compute)
+
+
+def _blueprint(source: ModelSource, shape: MeshShape, dtype: str) -> Blueprint:
     from moejax.model.attention import choose_attention
-    from moejax.training.state import Blueprint, load_weights
+    from moejax.training.state import Blueprint
     from sharding.mesh import make_mesh
 
     mesh = make_mesh(shape)
@@ -81,13 +109,66 @@ def load_model(
         dtype = "float32" if platform == "cpu" else model.compute_dtype
     chosen: Any = dtype
     model = dataclasses.replace(model, compute_dtype=chosen)
-    blueprint = Blueprint(model, mesh, attention=choose_attention(platform, model))
-    if expert_weights == "none":
-        return blueprint, *load_weights(source.weights(blueprint), blueprint, jnp.dtype(dtype))
-    # Each matrix is quantized as soon as it is read: there is never room for all of them.
+    return Blueprint(model, mesh, attention=choose_attention(platform, model))
+
+
+def _quantized(blueprint: Blueprint, expert_weights: str) -> tuple[Blueprint, Keep]:
+    """The model with experts of 8 bits, and what makes each matrix one as soon as it is read.
+
+    There is never room for all of them as they were.
+    """
+    from moejax.inference.expert_weights import quantized_blueprint, quantizing
+
     quantized = quantized_blueprint(blueprint, expert_weights)
-    flat = source.weights(blueprint, quantizing(quantized, expert_weights))
-    return quantized, *load_weights(flat, quantized, jnp.dtype(dtype))
+    return quantized, quantizing(quantized, expert_weights)
+
+
+def _load_offloaded(
+    source: ModelSource, shape: MeshShape, flags: EngineFlags, settings: EngineSettings
+) -> tuple[tuple[Blueprint, Any, Any], OffloadedExperts, EngineSettings]:
+    """The model without its experts, those, and settings with as many pages as there is room for.
+
+    Raises:
+        UserError: there is more than one device, or too little memory on it.
+    """
+    from moejax.offload.load import OffloadedModel, device_memory, make_room
+    from moejax.offload.sizes import parse_bytes
+
+    if shape.size != 1:
+        raise UserError(
+            f"--offload on a mesh of {shape.size} devices: experts in host memory are computed on "
+            "one; leave --mesh out, or --offload, if they fit the devices together"
+        )
+    config = flags.offload_config()
+    model = dataclasses.replace(source.config, scan_layers=False)
+    blueprint = _blueprint(dataclasses.replace(source, config=model), shape, flags.dtype)
+    quantized = None
+    if flags.expert_weights != "none":
+        quantized = _quantized(blueprint, flags.expert_weights)
+    offloaded = OffloadedModel(source, blueprint, quantized)
+    offloaded.check(config)
+    memory = device_memory(blueprint)
+    if flags.device_memory:
+        asked = parse_bytes(flags.device_memory, "--device-memory")
+        if asked > memory:
+            raise UserError(
+                f"--device-memory {flags.device_memory}: the device has {memory} bytes "
+                f"({memory / 2**30:.2f} GiB) free; give at most that, or leave it out"
+            )
+        memory = asked
+    longest = settings.max_len or model.max_context
+    room, pages = make_room(
+        offloaded,
+        config,
+        memory=memory,
+        page_len=settings.page_len,
+        pages=settings.pages,
+        wanted_pages=settings.max_rows * -(-longest // settings.page_len),
+    )
+    params, biases, store = offloaded.load(config)
+    experts = offloaded.experts(store, room, config)
+    settings = dataclasses.replace(settings, pages=pages)
+    return (offloaded.parts.blueprint, params, biases), experts, settings
 
 
 def make_engine(
@@ -109,13 +190,18 @@ def make_engine(
     Raises:
         UserError: whatever a user can mend.
     """
-    from moejax.inference.engine import Engine
+    from moejax.inference.engine import Engine, EngineSettings
     from moejax.inference.exchange_choice import UNMEASURED
+    from moejax.inference.followers import Sharing
     from moejax.inference.placement_choice import choose_placement
     from moejax.inference.placing import ServingPlacement
     from moejax.serving.text_model import end_ids
 
+    model = {"config": repr(source.config)}
+    check_same("model", model, "give all processes the same model")
     settings = settings or flags.engine_settings()
+    # Those of process 0, which may depend on what it is asked for.
+    settings = EngineSettings(**from_first("settings", dataclasses.asdict(settings)))
     source = with_locality(source, flags)
     shape = start_devices(flags, source.config)
     check_deterministic(source.config, shape, settings.deterministic)
@@ -132,7 +218,12 @@ def make_engine(
     slots = None if placement is None else placement.slots(shape.expert)
     for line in check_limits(source.config, shape, slots):
         note(line)
-    blueprint, params, biases = load_model(source, shape, flags.dtype, flags.expert_weights)
+    experts, given_pages = None, settings.pages
+    if flags.offload:
+        loaded, experts, settings = _load_offloaded(source, shape, flags, settings)
+    else:
+        loaded = load_model(source, shape, flags.dtype, flags.expert_weights)
+    blueprint, params, biases = loaded
     placing = None
     if placement is not None:
         placing = ServingPlacement(blueprint, params, placement, tell=note)
@@ -145,13 +236,18 @@ def make_engine(
         end_ids=end_ids(source),
         settings=settings,
         placing=placing,
+        offload=experts,
+        sharing=Sharing.of_processes(),
     )
     wanted = settings.max_len or source.config.max_context
     if engine.max_len < wanted:
-        why = f"--pages {settings.pages} hold" if settings.pages else "the free memory holds"
+        why = f"--pages {given_pages} hold" if given_pages else "the free memory holds"
         note(f"texts of at most {engine.max_len} tokens, not {wanted}: {why} no more")
     how = flags.decode_exchange
-    measure = measure and not settings.deterministic and _have_speeds(blueprint.mesh)
+    # Each process would find another one fastest.
+    measure = (
+        measure and not several() and not settings.deterministic and _have_speeds(blueprint.mesh)
+    )
     if how == "auto" and not measure:
         how = UNMEASURED
     picked = engine.pick_exchange(how)
@@ -176,6 +272,8 @@ def running_loop(engine: Engine, tokenizer: Tokenizer) -> Iterator[EngineLoop]:
     finally:
         loop.stop()
         engine.close()
+        if (offload := engine.stats().offload) is not None:
+            note(str(offload))
 
 
 @contextlib.contextmanager
@@ -215,6 +313,20 @@ def running_model(
         model.close()
 
 
+def follow(flags: EngineFlags) -> None:
+    """The part of a process other than 0: the same steps, until process 0 has no more.
+
+    Args:
+        flags: the same as there.
+
+    Raises:
+        UserError: as for `make_engine`.
+    """
+    from moejax.inference.source import open_model
+
+    make_engine(open_model(flags.model or None), flags).follow()
+
+
 def reading_notes() -> Callable[[int, int], None]:
     """Tells now and then how much of the weights has been read; see `open_model`."""
     tell = NowAndThen(note)
@@ -242,5 +354,6 @@ def keep_compiled_programs() -> None:
 
 
 def note(line: str) -> None:
-    """A line for the person who started the program."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the person who started the program; of several processes the first says it."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)

@@ -22,8 +22,14 @@ from moejax.errors import UserError
 from moejax.training import checkpoint_folders, manifest
 from moejax.training.array_store import ArrayStore, any_process
 from moejax.training.files import disk_errors, is_disk_full
+from sharding.distributed import from_first
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "Targets"]
+
+Targets = (
+    Mapping[str, jax.ShapeDtypeStruct]
+    | Callable[[Mapping[str, Any]], Mapping[str, jax.ShapeDtypeStruct]]
+)
 
 
 class Checkpoints:
@@ -73,7 +79,9 @@ class Checkpoints:
             UserError: the disk is full or the folder cannot be written, in this save or the last.
         """
         self.wait()
-        if step in self.steps() and step not in self._damaged:
+        # Process 0 decides: another host may see a folder late.
+        there = self._is_primary() and step in self.steps() and step not in self._damaged
+        if any_process(there):
             return False
         arrays = {name: self._saveable(name, value) for name, value in arrays.items()}
         head = manifest.head(step, arrays, metadata)
@@ -132,7 +140,7 @@ class Checkpoints:
             raise self._damage_error(step, str(error)) from error
 
     def restore(
-        self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct], partial: bool = False
+        self, step: int, targets: Targets, partial: bool | str = False
     ) -> dict[str, jax.Array]:
         """Reads arrays onto the devices that the targets name, whatever they were saved from.
 
@@ -141,8 +149,10 @@ class Checkpoints:
         Args:
             step: one of `steps()`.
             targets: shape, dtype and sharding of each array. A float array may be asked for in
-                another float dtype and is rounded to it.
-            partial: leave arrays of the checkpoint that no target names unread.
+                another float dtype and is rounded to it. Or a function that finds them, called with
+                the manifest's `arrays` (shape and dtype by name) and `metadata`.
+            partial: leave arrays of the checkpoint that no target names unread; text: only those
+                whose names begin with it.
 
         Returns:
             The arrays, by name.
@@ -152,8 +162,8 @@ class Checkpoints:
                 model (every name and shape that differs is told).
             ValueError: a target's sharding does not fit its shape.
         """
-        for target in targets.values():
-            target.sharding.shard_shape(target.shape)  # raises where the mesh does not divide it
+        if not callable(targets):
+            _check_shardings(targets)
         self.wait()
         self._require(step)
         content: dict[str, Any] = {}
@@ -166,6 +176,9 @@ class Checkpoints:
             damage = str(error)
         if any_process(damage is not None):
             raise self._damage_error(step, damage or "another process found it unreadable")
+        if callable(targets):
+            targets = targets(content)
+            _check_shardings(targets)
         manifest.check_targets(self._path(step), content, targets, partial)
         try:
             return self._array_store().restore(self._path(step) / "arrays", targets)
@@ -177,8 +190,8 @@ class Checkpoints:
 
     def restore_latest(
         self,
-        targets: Mapping[str, jax.ShapeDtypeStruct],
-        partial: bool = False,
+        targets: Targets,
+        partial: bool | str = False,
         report: Callable[[str], None] = print,
     ) -> tuple[int, dict[str, jax.Array], dict[str, Any]] | None:
         """Restores the newest checkpoint that is whole.
@@ -197,7 +210,7 @@ class Checkpoints:
             UserError: all are damaged, or the newest whole one is of another model or format.
         """
         self.wait()
-        steps = self.steps()
+        steps = from_first("checkpoints", self.steps())
         for step in reversed(steps):
             try:
                 return step, self.restore(step, targets, partial), self.metadata(step)
@@ -224,7 +237,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # the others may be gone, and to wait for them has no end
         self.close()
 
     def _path(self, step: int) -> Path:
@@ -297,3 +312,8 @@ class Checkpoints:
             first = (str(error) or type(error).__name__).strip().splitlines()[0]
             rule = f"{first}: check the disk and start again"
         return UserError(f"{self.folder}: the checkpoint could not be saved ({kept}): {rule}")
+
+
+def _check_shardings(targets: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    for target in targets.values():
+        target.sharding.shard_shape(target.shape)  # raises where the mesh does not divide it

@@ -9,6 +9,8 @@ import tyro.conf
 
 from moejax.config import ModelConfig
 from moejax.errors import UserError
+from moejax.training.anomaly_config import AnomalyConfig
+from sharding.compression.config import GradCompression
 
 __all__ = ["DataConfig", "OptimizerConfig", "TrainConfig"]
 
@@ -120,6 +122,10 @@ class TrainConfig:
             `auto`: planned from the run's own traffic, and followed; results stay the same.
         replicas: slots of each device for copies of experts, with placement=auto.
         rebalance_every: steps between looks at the traffic, likewise.
+        grad_compression: what of gradients and weights travels in fewer bytes (lossy).
+        anomaly: what is done with steps whose loss or gradient is not finite or a spike.
+        replay: a batch that a run has kept in `anomalies/`: print what the weights before that step
+            make of it, and stop.
         dry_run: print parameters, FLOPs, memory and bytes moved for the mesh, and stop.
     """
 
@@ -146,6 +152,11 @@ class TrainConfig:
     placement: Literal["home", "auto"] = "home"
     replicas: int = 0
     rebalance_every: int = 100
+    grad_compression: GradCompression = field(
+        default_factory=GradCompression, metadata={"may_lack": True}
+    )
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig, metadata={"may_lack": True})
+    replay: str = field(default="", metadata={"may_lack": True})
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -175,6 +186,8 @@ class TrainConfig:
                 f"replicas={self.replicas}: at home every expert is there once; choose "
                 "placement=auto or no replicas"
             )
+        if self.placement != "home":
+            self.model.check_equal_experts(f"placement={self.placement}")
         if not any(layer.moe for layer in self.model.layers()):
             for name, asked in (
                 ("placement_stats=True", self.placement_stats),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moejax.data.pipeline import HeldOutWindows
 from moejax.training.state import Blueprint, TrainState
 from moejax.training.step import make_eval_step, make_gather
+from sharding.arrays import put
 from sharding.mesh import TOKEN_AXES
 
 __all__ = ["Evaluator"]
@@ -81,7 +82,7 @@ class Evaluator:
             fill = self._rows - len(part)
             tokens = np.pad(windows.tokens[part], ((0, fill), (0, 0)))
             mask = np.pad(windows.mask[part], ((0, fill), (0, 0)))
-            args = (jax.device_put(tokens, sharding), jax.device_put(mask, sharding))
+            args = put((tokens, mask), sharding)
             found = self._step(params, biases, *args, placement)
             if self._counts:
                 found, more = found

@@ -130,12 +130,13 @@ def initial_state(
         UserError: the weights are damaged or of another model.
     """
     import jax
-    from jax import numpy as jnp
+    import numpy as np
     from jax.sharding import PartitionSpec as P
 
     from moejax.training.optimizer import init_moments
     from moejax.training.state import TrainState
     from moejax.training.streaming import WeightStream
+    from sharding.arrays import put
 
     stream = WeightStream(source, blueprint)
     loader = _Loader(blueprint, stream, report)
@@ -143,7 +144,7 @@ def initial_state(
     biases = loader.load("bias", blueprint.biases, blueprint.bias_specs)
     shardings = blueprint.shardings(blueprint.state_specs().moments)
     moments = jax.jit(init_moments, out_shardings=shardings)(masters)
-    step = jax.device_put(jnp.zeros((), jnp.int32), blueprint.shardings(P()))
+    step = put(np.zeros((), np.int32), blueprint.shardings(P()))
     return TrainState(step, masters, moments, biases)
 
 
@@ -182,7 +183,7 @@ class _Loader:
             if home is None:
                 return jax.device_put(array, sharding)
             return jax.block_until_ready(_pad_program(shape, sharding, home)(array))
-        make, put = _stack_programs(shape, sharding, home)
+        make, put = _stack_programs(shape, variable.get_value().dtype, sharding, home)
         value = make()
         for layer, name in enumerate(names):
             value = jax.block_until_ready(put(value, self._take(name), layer))
@@ -218,7 +219,7 @@ def _pad_program(shape: tuple[int, ...], sharding: Any, home: tuple[int, ...]) -
 
 @functools.cache
 def _stack_programs(
-    shape: tuple[int, ...], sharding: Any, home: tuple[int, ...] | None
+    shape: tuple[int, ...], dtype: Any, sharding: Any, home: tuple[int, ...] | None
 ) -> tuple[Any, Any]:
     """Makes the stacked weights of layers, and puts those of one layer into them, in place."""
     import jax
@@ -229,6 +230,6 @@ def _stack_programs(
         return lax.dynamic_update_index_in_dim(value, _padded(piece, shape[1:], home), layer, 0)
 
     return (
-        jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=sharding),
+        jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding),
         jax.jit(put, donate_argnums=0, out_shardings=sharding),
     )

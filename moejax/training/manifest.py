@@ -127,7 +127,7 @@ def find_damage(folder: Path, content: Mapping[str, Any]) -> str | None:
 
 
 def check_targets(
-    folder: Path, content: Mapping[str, Any], targets: Mapping[str, Any], partial: bool
+    folder: Path, content: Mapping[str, Any], targets: Mapping[str, Any], partial: bool | str
 ) -> None:
     """Compares the arrays of a checkpoint with those that a model wants.
 
@@ -135,7 +135,7 @@ def check_targets(
         folder: where the checkpoint is, for the message.
         content: its manifest.
         targets: anything with `shape` and `dtype`, by name. Any float dtype fits any other.
-        partial: whether arrays that no target names are fine.
+        partial: whether arrays that no target names are fine; text: if their names begin so.
 
     Raises:
         UserError: they differ; every name is told (of very many the first).
@@ -144,8 +144,9 @@ def check_targets(
 
     saved = content["arrays"]
     wrong = [f"{name} is missing" for name in targets if name not in saved]
-    if not partial:
-        wrong += [f"{name} is not part of this model" for name in saved if name not in targets]
+    for name in saved if partial is not True else ():
+        if name not in targets and not (partial and name.startswith(partial)):
+            wrong.append(f"{name} is not part of this model")
     for name in targets.keys() & saved.keys():
         shape, dtype = tuple(saved[name]["shape"]), jnp.dtype(saved[name]["dtype"])
         wanted_shape, wanted = tuple(targets[name].shape), targets[name].dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ def adamw_update(
     moments: tuple[Any, Any],
     grads: Any,
     stored_specs: Any,
+    squares: Mapping[tuple, jax.Array] | None = None,
 ) -> tuple[Any, tuple[Any, Any], jax.Array]:
     """One step on this device's pieces.
 
@@ -76,20 +78,48 @@ def adamw_update(
         moments: first and second, like the masters.
         grads: float32, reduced, like the masters.
         stored_specs: how masters are split, for the norm.
+        squares: float32, by path, for parameters whose gradient is a first moment already and
+            says nothing of the second: what the second is made of instead.
 
     Returns:
         new masters, new moments, and the global norm of the gradients before clipping.
     """
     norm = global_norm(grads, stored_specs)
+    scale = jnp.ones((), jnp.float32)
     if config.clip_norm > 0:
         scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
         grads = jax.tree.map(lambda g: g * scale, grads)
     with jax.numpy_dtype_promotion("standard"):
         state = optax.ScaleByAdamState(step, *moments)
         updates, state = _adam(config).update(grads, state)  # type: ignore[assignment]
+    mu, nu = state.mu, state.nu
+    if squares:
+        scaled = {path: jnp.square(scale) * square for path, square in squares.items()}
+        updates, mu, nu = _with_squares(config, step, grads, moments[1], scaled, (updates, mu, nu))
 
     def apply(master: jax.Array, update: jax.Array, decay: float) -> jax.Array:
         return master - rate * (update + config.weight_decay * decay * master)
 
     masters = jax.tree.map(apply, masters, updates, _decays(masters))
-    return masters, (state.mu, state.nu), norm
+    return masters, (mu, nu), norm
+
+
+def _with_squares(
+    config: OptimizerConfig,
+    step: jax.Array,
+    grads: Any,
+    nu: Any,
+    squares: Mapping[tuple, jax.Array],
+    adam: tuple[Any, Any, Any],
+) -> tuple[Any, Any, Any]:
+    """Adam's updates and moments, with those of some parameters from given squares and b1 = 0."""
+    updates, mu, new_nu = (dict(nnx.to_flat_state(tree)) for tree in adam)
+    given, before = dict(nnx.to_flat_state(grads)), dict(nnx.to_flat_state(nu))
+    unbiased = 1 - config.b2 ** (step.astype(jnp.float32) + 1)
+    for path, square in squares.items():
+        grad = given[path].get_value()
+        mean = config.b2 * before[path].get_value() + (1 - config.b2) * square
+        update = grad / (jnp.sqrt(mean / unbiased) + config.eps)
+        updates[path] = updates[path].replace(update)
+        mu[path], new_nu[path] = mu[path].replace(grad), new_nu[path].replace(mean)
+    return nnx.from_flat_state(updates), nnx.from_flat_state(mu), nnx.from_flat_state(new_nu)

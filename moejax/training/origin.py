@@ -1,4 +1,4 @@
-"""Where the weights of a run came from: its family, the ids of its texts, and files about texts.
+"""Where weights of a run or a model folder came from: family, ids of texts, files about texts.
 
 origin.json                                        path, family, end_ids, bos_id
 tokenizer_config.json  chat_template.jinja  …      copies of the folder's, if it has them
@@ -79,11 +79,11 @@ def text_files(source: ModelSource) -> list[Path]:
 
 
 def keep_origin(folder: Path, source: ModelSource) -> None:
-    """Notes in a run's directory where its weights come from.
+    """Notes in a run's directory, or a model folder, where its weights come from.
 
     Args:
         folder: the directory.
-        source: the model that the run begins with.
+        source: the model that the run begins with, or that the folder's was made of.
 
     Raises:
         UserError: the disk is full or the directory cannot be written.

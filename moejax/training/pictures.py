@@ -86,6 +86,7 @@ def draw_expert_load(
     history: np.ndarray,
     path: str | os.PathLike[str],
     steps: Sequence[int] | None = None,
+    experts_by_layer: Sequence[int] | None = None,
 ) -> None:
     """Draws layer × expert heat maps at the start, after a quarter, half, and at the end.
 
@@ -96,6 +97,7 @@ def draw_expert_load(
         history: [times, layers, experts] tokens of each expert, any real dtype, times ≥ 1.
         path: the PNG; replaced in one piece.
         steps: [times] step of each entry; None counts from 1.
+        experts_by_layer: [layers], where some have fewer than others; None: all have as many.
 
     Raises:
         ValueError: `history` has another rank or is empty.
@@ -108,7 +110,9 @@ def draw_expert_load(
         raise ValueError(f"history must be [times, layers, experts], got {history.shape}")
     times, layers, experts = history.shape
     labels = np.arange(1, times + 1) if steps is None else np.asarray(steps)
-    load = history / np.maximum(history.mean(axis=2, keepdims=True), 1e-12)
+    numbers = np.full(layers, experts) if experts_by_layer is None else np.array(experts_by_layer)
+    load = history * numbers[:, None] / np.maximum(history.sum(axis=2, keepdims=True), 1e-12)
+    load[:, np.arange(experts) >= numbers[:, None]] = np.nan  # not there, and left blank
     chosen = sorted({0, (times - 1) // 4, (times - 1) // 2, times - 1})
     half = times // 100
     maps = [load[max(t - half, 0) : t + half + 1].mean(axis=0) for t in chosen]
@@ -122,14 +126,14 @@ def draw_expert_load(
         columns * width + 1.6, grid_rows * (height + 0.9) + 0.4, grid_rows, columns
     )
     # One scale for all maps; beyond 4 the colour says no more, or late maps would be all white.
-    top = float(np.clip(np.quantile(np.stack(maps), 0.995), 2.0, 4.0))
+    top = float(np.clip(np.nanquantile(np.stack(maps), 0.995), 2.0, 4.0))
     norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=top)
     image = None
     for index, (axes, t, values) in enumerate(zip(grid.flat, chosen, maps)):
         image = axes.imshow(
             values, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest"
         )
-        worst = values.max(axis=1).mean()
+        worst = np.nanmax(values, axis=1).mean()
         axes.set_title(f"step {labels[t]:,} · busiest {worst:.2f}×", loc="left", fontsize=10)
         _ticks(axes.xaxis, experts)
         _ticks(axes.yaxis, layers)
@@ -144,7 +148,7 @@ def draw_expert_load(
     bar = figure.colorbar(
         image,
         ax=grid,
-        extend="max" if np.max(maps) > top else "neither",
+        extend="max" if np.nanmax(maps) > top else "neither",
         fraction=0.03,
         pad=0.02,
         aspect=10 * max(height * grid_rows / 2, 1),
@@ -237,6 +241,8 @@ def _ticks(axis: Any, count: int) -> None:
 
 def _write_numbers(axes: Any, values: np.ndarray, top: float) -> None:
     for (layer, expert), v in np.ndenumerate(values):
+        if np.isnan(v):
+            continue
         dark = v < 0.3 or v > 1 + 0.65 * (top - 1)
         axes.text(
             expert,

@@ -9,21 +9,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
+import numpy as np
 
 from moejax.errors import UserError
 from moejax.layer import hosts_along_experts
 from moejax.placement.arrays import Placement
 from moejax.placement.controller import Controller, stacked
-from moejax.placement.counting import read_counters
+from moejax.placement.counting import read_counters, read_each
 from moejax.placement.fetch import fetch_traffic
 from moejax.placement.history import History, in_words
 from moejax.training.config import TrainConfig
 from moejax.training.rundir import RunDir
 from moejax.training.state import Blueprint, TrainState
+from sharding.distributed import from_first, is_first, say
 from sharding.traffic_formulas import fetch_collectives
 
 __all__ = ["Placing"]
+
+_PLANNED = ("plan", "moves")
 
 _MORE = "raise --rebalance-every or --placement-stats-window if it stays so"
 
@@ -60,11 +63,6 @@ class Placing:
                 "placement=auto on a mesh of expert=1: there is one place for all experts; take "
                 "more devices along expert or leave it out"
             )
-        if jax.process_count() > 1:
-            raise UserError(
-                f"placement=auto with {jax.process_count()} processes: each would plan for itself; "
-                "leave it out"
-            )
         self._experts = model.moe.router.num_experts
         self._controller = Controller(
             self._experts,
@@ -83,18 +81,27 @@ class Placing:
         return self._every > 0 and step % self._every == 0 and step < self._steps
 
     def look(self, step: int, state: TrainState) -> None:
-        """Plans from what was counted, and takes the plan for the steps to come."""
+        """Plans from what was counted, and takes the plan for the steps to come.
+
+        All processes count, process 0 plans, all take its plan.
+        """
         assert state.counts is not None and self._history is not None
         statistics = read_counters(state.counts, self._mesh)
-        slots_LP = self._controller.slots_LP
-        told = self._controller.look(statistics)
-        counts = jax.device_get(state.counts)
-        self._history.looked(step, slots_LP, statistics.pairs_LEE, statistics.load_LE, counts)
-        if told.kind in ("plan", "moves"):
+        counts = read_each(state.counts, self._mesh)
+        slots_LP, told = self._controller.slots_LP, None
+        if is_first():  # the search stops by the clock, so each process would find another plan
+            told = self._controller.look(statistics)
+        now = self._controller.slots_LP.tolist() if told and told.kind in _PLANNED else None
+        now = from_first("placement", now)
+        if now is not None:
+            self._controller.slots_LP = np.array(now, np.int32)
             self._take()
+        if told is None:
+            return
+        self._history.looked(step, slots_LP, statistics.pairs_LEE, statistics.load_LE, counts)
         row = {"step": step, **dataclasses.asdict(told), **self.metrics}
         self._run.append_placement(row)
-        print(f"step {step}: placement: {in_words(told, _MORE)}", flush=True)
+        say(f"step {step}: placement: {in_words(told, _MORE)}")
 
     def finish(self) -> None:
         """Writes the placement and draws what it did, if it ever looked."""

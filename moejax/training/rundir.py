@@ -6,6 +6,7 @@ evaluations.jsonl one line an evaluation
 summary.json      the figures a finished run ended with
 checkpoints/      see `moejax.training.checkpoint`
 samples.txt  loss.png  expert_load.png
+anomalies/        batches of steps that were not finite or a spike
 placement.jsonl   one line for each look at the traffic, with `placement=auto`
 placement.png  placement.npz  what that did, and the slots of the last one
 placement_stats.npz  which experts are chosen together, with `placement_stats`
@@ -35,8 +36,11 @@ from moejax.training.config_json import (
 )
 from moejax.training.files import disk_errors, write_atomically
 from moejax.training.metrics import MetricsLog, read_metrics
+from sharding.distributed import collect, from_first, several
 
 __all__ = ["RunDir", "latest_run", "new_run_path"]
+
+_SEEN_SECONDS = 30.0  # in which a file that another host wrote is seen
 
 Config = TypeVar("Config")
 
@@ -77,6 +81,35 @@ class RunDir:
                 run._lock()
         return run
 
+    def check_shared(self) -> None:
+        """All processes call it: whether they see the directory that process 0 writes in.
+
+        Raises:
+            UserError: this one sees another directory of the same name.
+        """
+        if not several():
+            return
+        name = f".shared.{os.getpid()}.{time.time_ns()}"
+        name = from_first("run directory's file", name)
+        file = self.path / name
+        if self.writable:
+            with disk_errors(file):
+                file.write_bytes(b"")
+        from_first("run directory's file is there", None)
+        end = time.monotonic() + _SEEN_SECONDS
+        while not file.exists():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"{self.path}: on {socket.gethostname()} this is not the directory in which "
+                    "process 0 writes: choose a run directory that all hosts share"
+                )
+            os.listdir(self.path)  # network file systems look anew then
+            time.sleep(0.1)
+        collect("run directory's file was seen", None)
+        if self.writable:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
     @property
     def config_path(self) -> Path:
         """`config.json`."""
@@ -96,6 +129,11 @@ class RunDir:
     def samples_path(self) -> Path:
         """`samples.txt`."""
         return self.path / "samples.txt"
+
+    @property
+    def anomalies_path(self) -> Path:
+        """`anomalies/`: batches of unusual steps; made by the first."""
+        return self.path / "anomalies"
 
     @property
     def loss_picture(self) -> Path:

@@ -15,10 +15,12 @@ from jax.sharding import NamedSharding
 from moejax.data.corpus import reference_compression
 from moejax.errors import UserError
 from moejax.inference.source import open_model
-from moejax.layer import MoEAux
+from moejax.moe_aux import MoEAux
 from moejax.placement.counting import make_counters, read_counters
 from moejax.placement.statistics import write_statistics
 from moejax.routing.metrics import router_metrics
+from moejax.training.anomaly import NONE, NONFINITE, Verdict, history_to_json, make_history
+from moejax.training.anomaly_log import AnomalyLog
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.config import TrainConfig
 from moejax.training.config_json import config_to_json
@@ -28,6 +30,14 @@ from moejax.training.origin import keep_origin
 from moejax.training.pictures import draw_expert_load, draw_loss
 from moejax.training.placing import Placing
 from moejax.training.report import StepTimer, format_duration, print_summary, step_line
+from moejax.training.residuals import (
+    PREFIX,
+    continuation_notes,
+    residual_arrays,
+    residual_metadata,
+    residual_targets,
+    with_residuals,
+)
 from moejax.training.rundir import RunDir
 from moejax.training.state import (
     Blueprint,
@@ -39,6 +49,7 @@ from moejax.training.state import (
 )
 from moejax.training.step import BATCH_SPEC
 from moejax.training.text import Text
+from sharding.distributed import say
 from sharding.flops import peak_flops, step_flops_per_token
 
 __all__ = ["Session"]
@@ -61,6 +72,7 @@ class Session:
         self._run, self._checkpoints = run, checkpoints
         self._blueprint, self._config, self._text = blueprint, config, text
         self.placing = Placing(run, blueprint, config)
+        self._anomalies = AnomalyLog(run, config, text)
         self._held_out: dict[int, float] = {}
         self._compiled = False
         device = blueprint.mesh.devices.flat[0]
@@ -68,15 +80,48 @@ class Session:
         self._flops = step_flops_per_token(config.model, config.data.seq_len)
 
     def batch(self, step: int) -> jax.Array:
-        """The examples of a step on their devices; int32 [accumulate, examples, S + 1]."""
+        """The examples of a step on their devices; int32 [accumulate, examples, S + 1].
+
+        Each process makes those of its own devices.
+        """
         data, parts = self._config.data, self._config.accumulate
-        rows = self._text.dataset.batch(step, data.batch_size)
-        rows = rows.reshape(parts, data.batch_size // parts, data.seq_len + 1)
-        return jax.device_put(rows, NamedSharding(self._blueprint.mesh, BATCH_SPEC))
+        shape = (parts, data.batch_size // parts, data.seq_len + 1)
+        sharding = NamedSharding(self._blueprint.mesh, BATCH_SPEC)
+        made: dict[tuple[int, int], np.ndarray] = {}  # devices along `tensor` have the same ones
+
+        def examples(index: Any) -> np.ndarray:
+            mine = slice(*index[1].indices(shape[1]))
+            key = mine.start, mine.stop
+            if key not in made:
+                made[key] = np.stack(
+                    [
+                        self._text.dataset.batch(
+                            step,
+                            data.batch_size,
+                            slice(part * shape[1] + mine.start, part * shape[1] + mine.stop),
+                        )
+                        for part in range(parts)
+                    ]
+                )
+            return made[key]
+
+        return jax.make_array_from_callback(shape, sharding, examples)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why no further step is taken; None while they are. See `AnomalyConfig`."""
+        return self._anomalies.stopped
 
     def restore(self) -> TrainState | None:
         """The state of the newest checkpoint that is whole; None without one."""
-        found = self._checkpoints.restore_latest(logical_targets(self._blueprint))
+        blueprint, config = self._blueprint, self._config
+        seen: dict[str, Any] = {}
+
+        def targets(content: Any) -> dict[str, Any]:
+            seen.update(content)  # of the last one that is tried, which is restored
+            return logical_targets(blueprint) | residual_targets(blueprint, config, content)
+
+        found = self._checkpoints.restore_latest(targets, partial=PREFIX)
         if found is None:
             return None
         step, flat, metadata = found
@@ -87,22 +132,32 @@ class Session:
             )
         hashes = ("corpus_sha256", "held_out_sha256")
         if any(metadata["text"].get(h) != self._text.record[h] for h in hashes):
-            print("note: the text has changed since this run was started")
-        print(f"resuming after step {step}", flush=True)
-        return jax.block_until_ready(from_logical(flat, self._blueprint))
+            say("note: the text has changed since this run was started")
+        say(f"resuming after step {step}")
+        for note in continuation_notes(blueprint, config, seen, step):
+            say(note)
+        state = jax.block_until_ready(from_logical(flat, blueprint))
+        state = self._with_history(state, metadata.get("anomaly"))
+        return with_residuals(state, blueprint, config, flat, metadata)
 
     def begin(self) -> TrainState:
         """The state of step 0: random, or a model's weights."""
         if not self._config.init_from:
-            return jax.block_until_ready(init_state(self._blueprint, self._config.seed))
+            state = jax.block_until_ready(init_state(self._blueprint, self._config.seed))
+            return with_residuals(self._with_history(state), self._blueprint, self._config)
         source = open_model(self._config.init_from)
-        state = jax.block_until_ready(
-            initial_state(self._blueprint, source, lambda line: print(line, flush=True))
-        )
+        state = jax.block_until_ready(initial_state(self._blueprint, source, say))
         if self._run.writable:
             keep_origin(self._run.path, source)
-        print(f"begins with the weights of {source.path}", flush=True)
-        return state
+        say(f"begins with the weights of {source.path}")
+        return with_residuals(self._with_history(state), self._blueprint, self._config)
+
+    def _with_history(self, state: TrainState, kept: dict[str, Any] | None = None) -> TrainState:
+        """The state with the history of a checkpoint, by which steps are judged."""
+        if not self._config.anomaly.active:
+            return state
+        history = make_history(self._config.anomaly, self._blueprint.mesh, kept)
+        return dataclasses.replace(state, history=history)
 
     def save(self, state: TrainState) -> None:
         """Starts writing a checkpoint."""
@@ -111,8 +166,10 @@ class Session:
             "tokenizer": self._text.record["tokenizer"],
             "text": self._text.record,
             "seed": self._config.seed,
+            "residuals": residual_metadata(self._blueprint, self._config),
+            "anomaly": None if state.history is None else history_to_json(state.history),
         }
-        flat = jax.block_until_ready(to_logical(state))
+        flat = jax.block_until_ready(to_logical(state)) | residual_arrays(state)
         self._checkpoints.save(int(state.step), flat, metadata)
 
     def start_counting(self, state: TrainState) -> TrainState:
@@ -133,7 +190,12 @@ class Session:
             write_statistics(self._run.placement_stats_path, statistics)
 
     def log(self, step: int, metrics: dict[str, Any], timer: StepTimer) -> None:
-        """Waits for a step's metrics, writes its line of metrics.jsonl and prints it."""
+        """Waits for a step's metrics, writes its line of metrics.jsonl and prints it.
+
+        Of steps after one that has stopped the run, which did nothing, nothing is written.
+        """
+        if self.stopped is not None:
+            return
         metrics = jax.device_get(metrics)
         timer.tick(compiled=not self._compiled)
         self._compiled = True
@@ -156,6 +218,7 @@ class Session:
             "memory_bytes": _memory_bytes(self._blueprint.mesh),
             **self._moe_metrics(step, metrics["moe"]),
             **self.placing.metrics,
+            **_anomaly_metrics(metrics["anomaly"]),
         }
         self._run.append_metrics(row)
         line = step_line(
@@ -170,12 +233,14 @@ class Session:
             seconds_left=timer.seconds_left,
             utilisation=mfu,
         )
-        print(line, flush=True)
+        say(line)
+        self._anomalies.note(step, metrics)
 
     def _moe_metrics(self, step: int, moe: MoEAux | None) -> dict[str, Any]:
         if moe is None:
             return {}
-        router = router_metrics(moe.counts_E, moe.entropy_sum, moe.num_tokens, moe.kept)
+        experts = np.array(self._config.model.expert_numbers)
+        router = router_metrics(moe.counts_E, moe.entropy_sum, moe.num_tokens, moe.kept, experts)
         row: dict[str, Any] = {
             "router_entropy": router["entropy"],
             "load_max_over_mean": router["max_over_mean"],
@@ -194,7 +259,7 @@ class Session:
         limit, where = self._config.eval_windows, self.placing.arrays
         bits = evaluator.bits_per_byte(params, state.biases, limit, where)
         self._note_held_out(step, bits, evaluator.score_mass_kept)
-        print(f"step {step}: held-out {bits:.3f} bits/byte (estimate)", flush=True)
+        say(f"step {step}: held-out {bits:.3f} bits/byte (estimate)")
 
     def _note_held_out(self, step: int, bits: float, mass: float | None) -> None:
         self._held_out[step] = bits
@@ -227,13 +292,15 @@ class Session:
         if stopped:
             self._draw({})
             return
-        print("evaluating on all held-out text", flush=True)
+        say("evaluating on all held-out text")
         params = evaluator.weights(state)
         bits = evaluator.bits_per_byte(params, state.biases, placement=self.placing.arrays)
         self._note_held_out(step, bits, evaluator.score_mass_kept)
+        sample = self.sample(params, state.biases, "def ")
+        if not self._run.writable:
+            return  # the rest is of the process that writes
         references = reference_compression(self._text.held_out)
         self._draw(references)
-        sample = self.sample(params, state.biases, "def ")
         self._run.append_sample(f"--- step {step}, {bits:.3f} bits/byte ---\n{sample}\n")
         self._run.write_summary(
             {
@@ -266,7 +333,7 @@ class Session:
         return rate if math.isfinite(rate) else None
 
     def _draw(self, references: dict[str, float]) -> None:
-        rows = self._run.metrics()
+        rows = self._run.metrics() if self._run.writable else []
         if not rows:
             return
         draw_loss(
@@ -279,12 +346,21 @@ class Session:
         if loads:
             history = np.array([r["tokens_per_expert"] for r in loads])
             steps = [r["step"] for r in loads]
-            draw_expert_load(history, self._run.expert_load_picture, steps)
+            experts = self._config.model.expert_numbers
+            draw_expert_load(history, self._run.expert_load_picture, steps, experts)
+
+
+def _anomaly_metrics(verdict: Verdict | None) -> dict[str, Any]:
+    """Of a step that was unusual: what it was, and whether it was applied."""
+    if verdict is None or int(verdict.kind) == NONE:
+        return {}
+    kind = "nonfinite" if int(verdict.kind) == NONFINITE else "spike"
+    return {"anomaly": kind, "applied": bool(verdict.apply)}
 
 
 def _memory_bytes(mesh: Any) -> int:
     """Peak bytes of a device, or of the process where devices do not tell (CPU)."""
-    stats = mesh.devices.flat[0].memory_stats()
+    stats = mesh.local_devices[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,7 +20,8 @@ from moejax.model.canonical import canonical, from_canonical
 from moejax.model.decoder import Decoder
 from moejax.model.groups import layer_groups
 from moejax.placement.counting import Counts
-from moejax.routing.bias import RouterBias
+from moejax.routing.bias import RouterState
+from moejax.training.anomaly import History
 from moejax.training.optimizer import init_moments
 from sharding.mesh import AXES, MeshShape
 from sharding.specs import axes_of, specs_of
@@ -29,7 +30,10 @@ from sharding.zero import storage_tree
 __all__ = [
     "Blueprint",
     "TrainState",
+    "fitting_spec",
     "from_logical",
+    "from_logical_part",
+    "in_logical_order",
     "init_state",
     "load_weights",
     "logical_targets",
@@ -49,6 +53,9 @@ class TrainState:
     biases: the routers' selection biases, replicated.
     counts: each device's counters of the experts that are chosen together, `COUNTERS_SPEC`; None
         where nobody counts. They are in no checkpoint.
+    residuals: what compressed gradients have left to send, see `sharding.compression.reduction`;
+        None where the method keeps nothing.
+    history: of the last steps, by which unusual ones are known; None where nobody looks.
     """
 
     step: jax.Array
@@ -56,6 +63,8 @@ class TrainState:
     moments: tuple[nnx.State, nnx.State]
     biases: nnx.State
     counts: Counts | None = None
+    residuals: dict[str, dict[str, jax.Array]] | None = None
+    history: History | None = None
 
 
 class Blueprint:
@@ -89,7 +98,7 @@ class Blueprint:
                 config, self.shape, nnx.Rngs(params=key), hosts=hosts, implementation=attention
             )
             self.graph: Any
-            self.graph, params, biases = nnx.split(model, nnx.Param, RouterBias)  # type: ignore[misc]
+            self.graph, params, biases = nnx.split(model, nnx.Param, RouterState)  # type: ignore[misc]
             return params, biases
 
         self._make = make
@@ -117,7 +126,7 @@ class Blueprint:
         """The same blueprint for another model, of shapes; for inference, it has no `storage`."""
         other = copy.copy(self)
         # Whatever it holds beside biases is a parameter, 8-bit values like others.
-        other.graph, other.biases, other.params = nnx.split(model, RouterBias, ...)  # type: ignore[misc]
+        other.graph, other.biases, other.params = nnx.split(model, RouterState, ...)  # type: ignore[misc]
         return other
 
     def make(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
@@ -136,7 +145,7 @@ def init_state(blueprint: Blueprint, seed: int) -> TrainState:
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _logical(name: str, variable: nnx.Variable) -> Any:
+def in_logical_order(variable: nnx.Variable) -> Any:
     """A stored value in logical order: padding slots of expert banks left out."""
     value, home = variable.get_value(), variable.get_metadata().get("home")
     if home is None or len(home) == value.shape[0]:
@@ -159,7 +168,7 @@ def _to_logical(state: TrainState) -> dict[str, Any]:
     flat: dict[str, Any] = {"step": state.step}
     for part, tree in _parts(state).items():
         for name, variable in canonical(tree).items():
-            flat[f"{part}/{name}"] = _logical(name, variable)
+            flat[f"{part}/{name}"] = in_logical_order(variable)
     return flat
 
 
@@ -184,8 +193,8 @@ def logical_targets(blueprint: Blueprint, parts: tuple[str, ...] | None = None) 
     for part in parts or tuple(trees):
         stored = jax.tree.map(lambda spec, v: v.replace(spec=spec), specs[part], trees[part])
         for name, variable in canonical(stored).items():
-            value = _logical(name, variable)
-            spec = _fitting(variable.get_metadata()["spec"], value.shape, mesh)
+            value = in_logical_order(variable)
+            spec = fitting_spec(variable.get_metadata()["spec"], value.shape, mesh)
             targets[f"{part}/{name}"] = jax.ShapeDtypeStruct(
                 value.shape, value.dtype, sharding=NamedSharding(mesh, spec)
             )
@@ -194,7 +203,7 @@ def logical_targets(blueprint: Blueprint, parts: tuple[str, ...] | None = None) 
     return targets
 
 
-def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def fitting_spec(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The spec without the axes that do not divide their dimension."""
     entries: list[Any] = []
     for size, entry in zip(shape, list(spec) + [None] * len(shape)):
@@ -205,7 +214,8 @@ def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*entries)
 
 
-def _from_logical(flat: Mapping[str, Any], part: str, like: nnx.State) -> nnx.State:
+def from_logical_part(flat: Mapping[str, Any], part: str, like: nnx.State) -> nnx.State:
+    """The variables of `like` with the values of one part of a flat dict in logical order."""
     values = {}
     for name, variable in canonical(like).items():
         value, home = flat[f"{part}/{name}"], variable.get_metadata().get("home")
@@ -235,16 +245,19 @@ def from_logical(flat: Mapping[str, jax.Array], blueprint: Blueprint) -> TrainSt
     Raises:
         UserError: names or shapes are of another model.
     """
-    _check(flat, logical_targets(blueprint))
+    targets = logical_targets(blueprint)
+    _check(flat, targets)
 
     def build(flat: Mapping[str, jax.Array]) -> TrainState:
-        masters, mu, nu = (_from_logical(flat, p, blueprint.params) for p in ("params", "mu", "nu"))
+        masters, mu, nu = (
+            from_logical_part(flat, p, blueprint.params) for p in ("params", "mu", "nu")
+        )
         return TrainState(
-            flat["step"], masters, (mu, nu), _from_logical(flat, "bias", blueprint.biases)
+            flat["step"], masters, (mu, nu), from_logical_part(flat, "bias", blueprint.biases)
         )
 
     shardings = blueprint.shardings(blueprint.state_specs())
-    return jax.jit(build, out_shardings=shardings)(dict(flat))
+    return jax.jit(build, out_shardings=shardings)({name: flat[name] for name in targets})
 
 
 def weight_targets(blueprint: Blueprint, dtype: Any) -> dict[str, Any]:
@@ -260,8 +273,8 @@ def weight_targets(blueprint: Blueprint, dtype: Any) -> dict[str, Any]:
     targets = {}
     for part, tree in (("params", blueprint.params), ("bias", blueprint.biases)):
         for name, variable in canonical(tree).items():
-            shape = _logical(name, variable).shape
-            spec = _fitting(variable.get_metadata()["spec"], shape, blueprint.mesh)
+            shape = in_logical_order(variable).shape
+            spec = fitting_spec(variable.get_metadata()["spec"], shape, blueprint.mesh)
             targets[f"{part}/{name}"] = jax.ShapeDtypeStruct(
                 shape, _dtype_in_use(variable, dtype), sharding=NamedSharding(blueprint.mesh, spec)
             )
@@ -328,7 +341,7 @@ def _place(
         def cast(variable: nnx.Variable) -> nnx.Variable:
             return variable.replace(variable.get_value().astype(_dtype_in_use(variable, dtype)))
 
-        values = _from_logical(flat, part, like)
+        values = from_logical_part(flat, part, like)
         return jax.tree.map(cast, values, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     names = [f"{part}/{name}" for name in canonical(like)]

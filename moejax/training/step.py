@@ -13,18 +13,27 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from moejax.layer import MoEAux
+from moejax.model.decoder import Decoder
+from moejax.moe_aux import MoEAux
 from moejax.placement import counting
 from moejax.routing.bias import update_bias
+from moejax.training.anomaly import Verdict, judge
 from moejax.training.config import TrainConfig
 from moejax.training.optimizer import adamw_update, learning_rate
+from moejax.training.residuals import make_reducer
 from moejax.training.state import Blueprint, TrainState
-from sharding.collectives import psum_statistics
-from sharding.mesh import TOKEN_AXES
+from sharding.collectives import axis_index, psum_statistics
+from sharding.mesh import AXES, TOKEN_AXES
 from sharding.specs import specs_of
-from sharding.zero import gather_weights, scatter_gradients
+from sharding.zero import gather_weights
 
-__all__ = ["BATCH_SPEC", "compiler_options", "make_eval_step", "make_gather", "make_train_step"]
+__all__ = [
+    "BATCH_SPEC",
+    "compiler_options",
+    "make_eval_step",
+    "make_gather",
+    "make_train_step",
+]
 
 BATCH_SPEC = P(None, TOKEN_AXES, None)
 """[accumulation, examples, tokens + 1]: examples are split over `data` × `expert`."""
@@ -51,9 +60,15 @@ def make_train_step(
 
     A state with `counts` comes back with those of this step, too; older ones fade as
     `config.placement_stats_window` says. Without, nothing is counted.
+
+    A state with a `history` is left as it was by a step that `config.anomaly` does not let through
+    (`step` itself counts one that is skipped), and the metrics have its `Verdict` as `anomaly`;
+    without, that is None.
     """
     compute_dtype = jnp.dtype(blueprint.config.compute_dtype)
     tokens = config.data.batch_size // config.accumulate * config.data.seq_len
+    reducer = make_reducer(blueprint, config)
+    optimizer = replace(config.optimizer, clip_norm=0.0) if reducer.clips else config.optimizer
     window = config.placement_stats_window
     decay = 1 - 1 / window if window else 1.0
 
@@ -65,52 +80,61 @@ def make_train_step(
         *,
         counted: bool,
     ):
-        model = blueprint.merge(weights, biases)
-        if counted:
-            most = max(1, counting.STEP_TOKENS // config.accumulate)
-            model.report_experts(counting.sample_stride(batch_BS[:, 1:].size, most))
-        out = model(batch_BS[:, :-1], placement=placement)
-        nll_BS = model.nll(out.hidden_BSD, batch_BS[:, 1:], chunk=config.loss_chunk or None)
-        loss = jnp.sum(nll_BS) / tokens
-        if out.aux is None:
-            return loss, (loss, jnp.zeros((), jnp.float32), None)
-        extra = jnp.sum(out.aux.losses.load_balance) + jnp.sum(out.aux.losses.z)
-        return loss + extra, (loss, extra, out.aux.over_devices())
+        model, hidden_BSD, extra, aux = forward(
+            blueprint, config, weights, biases, batch_BS, placement, counted=counted
+        )
+        chunk = config.loss_chunk or None
+        loss = model.summed_nll(hidden_BSD, batch_BS[:, 1:], scale=1 / tokens, chunk=chunk)
+        return loss + extra, (loss, extra, None if aux is None else aux.over_devices())
 
     def step(state: TrainState, batch: jax.Array, placement: Any):
-        weights = gather_weights(state.masters, blueprint.storage, compute_dtype)
+        weights = reducer.gather(state.masters, compute_dtype)
         share = partial(loss_share, counted=state.counts is not None)
         grads, (loss, extra, moe) = _accumulated(
             jax.grad(share, has_aux=True), weights, state.biases, batch, placement
         )
-        grads = scatter_gradients(grads, blueprint.storage)
+        grads = reducer.clip(grads)
+        squares = reducer.squares(grads)
+        grads, residuals = reducer.reduce(grads, state.residuals, state.step)
         rate = learning_rate(config.optimizer, config.steps, state.step)
+        history = state.history
         masters, moments, norm = adamw_update(
-            config.optimizer,
+            optimizer,
             rate,
-            state.step,
+            state.step if history is None else state.step - history.skipped,
             state.masters,
             state.moments,
             grads,
             blueprint.stored_specs,
+            squares,
         )
         biases = _balanced(state.biases, blueprint, moe)
         loss, extra = psum_statistics((loss, extra), TOKEN_AXES)
-        counts = state.counts
+        new = TrainState(state.step + 1, masters, moments, biases, state.counts, residuals, history)
+        verdict = None
+        if history is not None:
+            verdict, history = judge(config.anomaly, history, *_of_first(loss, norm))
+            new = replace(_chosen(verdict, new, state), history=history)
+        counts = old_counts = state.counts
         if counts is not None and moe is not None:
-            new = counting.count(moe.experts_TK, blueprint.config.moe.router.num_experts)
-            counts, moe = counting.add_step(counts, new, decay), replace(moe, experts_TK=None)
+            seen = counting.count(moe.experts_TK, blueprint.config.moe.router.num_experts)
+            counts, moe = counting.add_step(counts, seen, decay), replace(moe, experts_TK=None)
+            if verdict is not None:
+                counts = _where(verdict.apply, counts, old_counts)
         metrics = {
             "loss": loss,
             "aux_loss": extra,
             "grad_norm": norm,
             "learning_rate": rate,
             "moe": moe,
+            "anomaly": verdict,
         }
-        return TrainState(state.step + 1, masters, moments, biases, counts), metrics
+        return replace(new, counts=counts), metrics
 
     counters: Any = counting.COUNTERS_SPEC
-    specs = replace(blueprint.state_specs(), counts=counters)
+    kept: Any = reducer.specs
+    everywhere: Any = P()
+    specs = replace(blueprint.state_specs(), counts=counters, residuals=kept, history=everywhere)
     mapped = jax.shard_map(
         step,
         mesh=blueprint.mesh,
@@ -119,6 +143,58 @@ def make_train_step(
         check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=0, **jit_options)
+
+
+def forward(
+    blueprint: Blueprint,
+    config: TrainConfig,
+    weights: nnx.State,
+    biases: nnx.State,
+    batch_BS: jax.Array,
+    placement: Any = None,
+    *,
+    counted: bool = False,
+) -> tuple[Decoder, jax.Array, jax.Array, MoEAux | None]:
+    """The forward of a step but for the head, inside the shard_map.
+
+    Args:
+        blueprint, config: model and run.
+        weights: gathered, in their compute dtype.
+        biases: of the routers.
+        batch_BS: int32 [B, S + 1], local examples of a microbatch.
+        placement: stacked; None for home.
+        counted: whether the layers report their tokens' experts.
+
+    Returns:
+        the model; what goes into its head, [B, S, D]; this device's share of the routers' own
+        losses; what the layers report, None without experts.
+    """
+    model = blueprint.merge(weights, biases)
+    if counted:
+        most = max(1, counting.STEP_TOKENS // config.accumulate)
+        model.report_experts(counting.sample_stride(batch_BS[:, 1:].size, most))
+    out = model(batch_BS[:, :-1], placement=placement)
+    if out.aux is None:
+        return model, out.hidden_BSD, jnp.zeros((), jnp.float32), None
+    extra = jnp.sum(out.aux.losses.load_balance) + jnp.sum(out.aux.losses.z)
+    return model, out.hidden_BSD, extra, out.aux
+
+
+def _of_first(*values: jax.Array) -> jax.Array:
+    """What the first device has, [n]: sums in groups of devices may differ in their last bits."""
+    here = jnp.stack(values)
+    first = sum((axis_index(axis) for axis in AXES), start=jnp.int32(0)) == 0
+    return psum_statistics(jnp.where(first, here, 0.0), AXES)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(partial(jnp.where, condition), new, old)
+
+
+def _chosen(verdict: Verdict, new: TrainState, old: TrainState) -> TrainState:
+    """The state after a step, or as it was; a step that is skipped counts as one."""
+    chosen = _where(verdict.apply, new, old)
+    return replace(chosen, step=jnp.where(verdict.halted, old.step, new.step))
 
 
 def _accumulated(grad_fn: Callable, weights: Any, biases: Any, batch: jax.Array, placement: Any):
@@ -150,7 +226,7 @@ def _balanced(biases: nnx.State, blueprint: Blueprint, moe: MoEAux | None) -> nn
     for group in blueprint.groups:
         if group.layer.moe is None:
             continue
-        counts_LE = moe.counts_E[rows : rows + group.size]
+        counts_LE = moe.counts_E[rows : rows + group.size, : group.layer.moe.router.num_experts]
         rows += group.size
         for path, variable in flat.items():
             if path[:2] == ("layers", group.name):

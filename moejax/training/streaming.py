@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from moejax.families.folder import HfFolder, is_hf_folder, open_hf_folder
 from moejax.inference.folder_files import check_weights
@@ -13,7 +15,7 @@ from moejax.inference.model_folder import ModelFolder, is_model_folder, load_mod
 from moejax.inference.source import PARTS, ModelSource
 from moejax.training.state import Blueprint, logical_targets
 
-__all__ = ["WeightStream"]
+__all__ = ["LazyWeight", "WeightStream"]
 
 
 class WeightStream:
@@ -65,3 +67,27 @@ class WeightStream:
     def num_bytes(self, name: str) -> int:
         """Size of a weight in float32."""
         return 4 * math.prod(self.targets[name].shape)
+
+
+class LazyWeight:
+    """A weight that is read when numpy asks for its numbers.
+
+    Args:
+        stream: where it is read from.
+        name: of the weight.
+        told: is called with the name when it has been read.
+
+    Attributes:
+        shape, dtype: of its target.
+    """
+
+    def __init__(
+        self, stream: WeightStream, name: str, told: Callable[[str], None] = lambda name: None
+    ) -> None:
+        self._stream, self._name, self._told = stream, name, told
+        self.shape, self.dtype = stream.targets[name].shape, stream.targets[name].dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.asarray(self._stream.read(self._name))
+        self._told(self._name)
+        return array if dtype is None else array.astype(dtype)

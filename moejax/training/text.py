@@ -8,12 +8,12 @@ import numpy as np
 
 from moejax.data.corpus import Document, corpus_hash, split_or_cut
 from moejax.data.pipeline import HeldOutWindows, TokenDataset, held_out_windows, tokenize
-from moejax.data.sources import load_corpus, load_standard_library
+from moejax.data.sources import Corpus, load_corpus, load_standard_library
 from moejax.data.tokenizer import Tokenizer, train_bpe
 from moejax.errors import UserError
-from moejax.training.config import TrainConfig
+from moejax.training.config import DataConfig, TrainConfig
 
-__all__ = ["Text", "prepare_text"]
+__all__ = ["Text", "load_and_split", "prepare_text"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,7 @@ def prepare_text(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Tex
         UserError: the data or the tokenizer cannot be used, or the vocabulary does not fit.
     """
     data = config.data
-    corpus = load_corpus(data.paths) if data.paths else load_standard_library()
-    if data.held_out_paths:
-        training = list(corpus.documents)
-        held_out = list(load_corpus(data.held_out_paths).documents)
-    else:
-        training, held_out = split_or_cut(corpus.documents, data.held_out)
-    kept_out = {d.text for d in held_out}
-    training = [d for d in training if d.text not in kept_out]
-    if not training:
-        raise UserError(
-            f"all {len(corpus.documents)} training document(s) are held-out text too: name other "
-            "text with --data.paths or --data.held-out-paths"
-        )
+    corpus, training, held_out = load_and_split(data)
     tokenizer = tokenizer or make_tokenizer(config, training)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -85,6 +73,28 @@ def prepare_text(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Tex
         bytes_per_token=training_bytes / max(1, int(np.size(tokens))),
         record=record,
     )
+
+
+def load_and_split(data: DataConfig) -> tuple[Corpus, list[Document], list[Document]]:
+    """The text that is named, what of it is trained on, and what is held out.
+
+    Raises:
+        UserError: it cannot be read, or nothing is left to train on.
+    """
+    corpus = load_corpus(data.paths) if data.paths else load_standard_library()
+    if data.held_out_paths:
+        training = list(corpus.documents)
+        held_out = list(load_corpus(data.held_out_paths).documents)
+    else:
+        training, held_out = split_or_cut(corpus.documents, data.held_out)
+    kept_out = {d.text for d in held_out}
+    training = [d for d in training if d.text not in kept_out]
+    if not training:
+        raise UserError(
+            f"all {len(corpus.documents)} training document(s) are held-out text too: name other "
+            "text with --data.paths or --data.held-out-paths"
+        )
+    return corpus, training, held_out
 
 
 def make_tokenizer(config: TrainConfig, training: list[Document]) -> Tokenizer:

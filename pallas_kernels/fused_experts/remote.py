@@ -18,6 +18,7 @@ from pallas_kernels.exchange import mosaic_gpu as pushing_kernel
 from pallas_kernels.exchange import push
 from pallas_kernels.exchange.arrivals import Arrivals, Arriving
 from pallas_kernels.exchange.pushing import Pusher
+from pallas_kernels.exchange.received import received
 from pallas_kernels.exchange.sums import push_sums
 from pallas_kernels.fused_experts import api, mosaic_gpu
 from pallas_kernels.hopper.compat import sm_count
@@ -160,7 +161,9 @@ def _arrivals(x_TD, slots, rows):
 
 
 def _remote_fwd(arrays, layout, rows, activation, sizing):
-    y_TD, (x_RD, h) = _forward(arrays, layout, rows, activation, sizing, keep=True)
+    y_TD, kept = _forward(arrays, layout, rows, activation, sizing, keep=True)
+    # One kernel writes the rows and multiplies them: both are kept, or both are made again.
+    y_TD, (x_RD, h) = received((y_TD, kept))
     return y_TD, ((x_RD, *arrays[1:]), layout, rows, h)
 
 

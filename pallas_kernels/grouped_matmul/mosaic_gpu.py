@@ -13,7 +13,7 @@ from pallas_kernels.hopper.config import RowsConfig, choose_config
 from pallas_kernels.hopper.ragged import padded_rows, ragged_tile_map, store_part_strips
 from pallas_kernels.hopper.rows import Epilogue, rows_kernel
 from pallas_kernels.hopper.tiles import ROWS, TileMap, out_scratch, store_strips, tile_map
-from pallas_kernels.hopper.weights import weights_kernel
+from pallas_kernels.hopper.weights import largest_first, weights_kernel
 
 __all__ = ["grouped_matmul", "weights_gradient"]
 
@@ -186,8 +186,10 @@ def weights_gradient(
     )
     if ragged:
         spans_2G = group_spans(group_sizes_G, groups, group_offset, lhs_MK.shape[0])
-        return kernel(spans_2G, None, padded_rows(lhs_MK), padded_rows(ct_MN))
+        order_G = largest_first(spans_2G[1] - spans_2G[0])
+        return kernel(spans_2G, order_G, None, padded_rows(lhs_MK), padded_rows(ct_MN))
     rows = ct_MN.shape[0] if gather != "rhs" else lhs_MK.shape[0]
     ends_G = jnp.minimum(jnp.cumsum(group_sizes_G), rows).astype(jnp.int32)
     first_step = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends_G]) // config.tile_k
-    return kernel(first_step, index_M, lhs_MK, ct_MN)
+    order_G = largest_first(first_step[1:] - first_step[:-1])
+    return kernel(first_step, order_G, index_M, lhs_MK, ct_MN)

@@ -2,8 +2,9 @@
 
 For work on indices, sums and small products, where a thread's own loads and stores are what
 matters. A program is a function of a `Machine` and of references to 32-bit words; it has no
-branches: loads and stores are predicated. `launch` compiles it, with one thread for each value, or
-lets `emulate` run it in numpy, with all threads of a block side by side, to test it without a GPU.
+branches: loads and stores are predicated, and all threads run a loop equally often. `launch`
+compiles it, with one thread for each value, or lets `emulate` run it in numpy, with all threads of
+a block side by side, to test it without a GPU.
 """
 
 from __future__ import annotations
@@ -91,11 +92,25 @@ class Machine(Protocol):
     def float_div(self, a: Any, b: Any) -> Any:
         """A / b, rounded to nearest."""
 
+    def float_rsqrt(self, a: Any) -> Any:
+        """1 / √a to 2 units in the last place; a is a normal number above 0."""
+
     def float_exp(self, a: Any) -> Any:
         """eᵃ to 4 units in the last place, 0 where it is no normal number; a below 88."""
 
+    def to_float(self, word: Any) -> Any:
+        """An integer as float32, rounded to nearest."""
+
+    def to_integer(self, a: Any) -> Any:
+        """A float32 as an integer, rounded towards zero; anything where no int32 is that large."""
+
     def wait_for_block(self) -> None:
         """What the block's threads stored is seen by them."""
+
+    def repeat(
+        self, count: int, carried: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
+    ) -> list[Any]:
+        """Of words: for i in range(count): carried = body(i, carried)."""
 
 
 class _Emulated:
@@ -184,11 +199,27 @@ class _Emulated:
     def float_div(self, a: Any, b: Any) -> np.ndarray:
         return self._floats(np.divide, a, b)
 
+    def float_rsqrt(self, a: Any) -> np.ndarray:
+        return self._floats(lambda a: np.float32(1) / np.sqrt(a), a)
+
     def float_exp(self, a: Any) -> np.ndarray:
         return self._floats(np.exp, a)
 
+    def to_float(self, word: Any) -> np.ndarray:
+        return word.astype(np.float32).view(np.int32)
+
+    def to_integer(self, a: Any) -> np.ndarray:
+        return self._floats(lambda a: a.astype(np.int32), a)
+
     def wait_for_block(self) -> None:
         pass
+
+    def repeat(
+        self, count: int, carried: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
+    ) -> list[Any]:
+        for i in range(count):
+            carried = body(np.full_like(self.thread, i), list(carried))
+        return list(carried)
 
 
 def emulate(

@@ -53,6 +53,10 @@ class Word:
     def __rlshift__(self, other: int) -> Word:
         return self._apply(_arith().shli, other, swap=True)
 
+    def __rshift__(self, other: Any) -> Word:
+        """Of words that are not negative."""
+        return self._apply(_arith().shrui, other)
+
     def __and__(self, other: Any) -> Word:
         return self._apply(_arith().andi, other)
 
@@ -237,13 +241,37 @@ class Compiled:
     def float_div(self, a: Any, b: Any) -> Word:
         return self._floats(_arith().divf, a, b)
 
+    def float_rsqrt(self, a: Any) -> Word:
+        approximate = partial(assembly, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", _f32())
+        return self._floats(approximate, a)
+
     def float_exp(self, a: Any) -> Word:
         return self._floats(_exp, a)
+
+    def to_float(self, word: Any) -> Word:
+        return Word(_arith().bitcast(_i32(), _arith().sitofp(_f32(), word.value)))
+
+    def to_integer(self, a: Any) -> Word:
+        return Word(_arith().fptosi(_i32(), _arith().bitcast(_f32(), a.value)))
 
     def wait_for_block(self) -> None:
         from jaxlib.mlir.dialects import nvvm
 
         nvvm.barrier()
+
+    def repeat(
+        self, count: int, carried: Sequence[Any], body: Callable[[Any, list[Any]], Sequence[Any]]
+    ) -> list[Any]:
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import scf
+
+        first, end, step = (_as_value(number) for number in (0, count, 1))
+        make: Any = scf.ForOp  # which the stubs describe wrongly
+        loop = make(first, end, step, [_as_value(word) for word in carried])
+        with ir.InsertionPoint(loop.body):
+            results = body(Word(loop.induction_variable), list(map(Word, loop.inner_iter_args)))
+            scf.yield_([_as_value(word) for word in results])
+        return [Word(value) for value in loop.results]
 
 
 def _exp(x: Any) -> Any:

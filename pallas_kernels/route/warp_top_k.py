@@ -12,6 +12,7 @@ import jax
 from jax import numpy as jnp
 
 from pallas_kernels.hopper.simt import LANES, Machine, launch
+from pallas_kernels.hopper.simt_numbers import lane_sum
 
 __all__ = ["MAX_EXPERTS", "program", "refusal", "top_k"]
 
@@ -50,11 +51,7 @@ def _softmax(m: Machine, values: Any, where: Any, k: int) -> Any:
     largest = m.largest(m.select(where, _ordered(m, values), INT_MIN))
     largest = m.select(largest < 0, largest ^ INT_MAX, largest)  # its bits again
     exponential = m.select(where, m.float_exp(m.float_sub(values, largest)), 0)
-    total, distance = exponential, 1
-    while distance < k:
-        total = m.float_add(total, m.exchange(total, distance))
-        distance *= 2
-    return m.float_div(exponential, total)
+    return m.float_div(exponential, lane_sum(m, exponential, k))
 
 
 def program(

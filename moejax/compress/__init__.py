@@ -1,0 +1,1 @@
+"""Fewer and smaller experts: merging, pruning, sharing, grouping; `python -m moejax.compress`."""
