@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+from draws import draws
 from jax.sharding import PartitionSpec as P
 
 from moejax.inference import engine as engine_module
@@ -219,13 +220,13 @@ class Oracle:
             logits_BV[i] = penalties_by_hand(raw_BV[i], before, len(prompt), params)
         rows = RowSettings.of([(params, params.seed or 0, index)] * len(logits_BV))
         positions_B = (len(prompt) + np.arange(len(logits_BV))).astype(np.int32)
-        noises = [0, *(np.random.default_rng().normal(size=(4, *logits_BV.shape)) * 1e-4)]
-        draws = [np.float32(logits_BV + noise) for noise in noises]
-        draws = np.stack([_sample(logits, positions_B, rows) for logits in draws])
+        noises = [0, *(draws(__name__).normal(size=(4, *logits_BV.shape)) * 1e-4)]
+        noisy = [np.float32(logits_BV + noise) for noise in noises]
+        drawn = np.stack([_sample(logits, positions_B, rows) for logits in noisy])
         for i, token in enumerate(made):
-            if len(set(draws[:, i])) > 1:
+            if len(set(drawn[:, i])) > 1:
                 return i  # a near tie: the rest of the text is not comparable
-            assert draws[0, i] == token, f"token {i} of {len(made)}"
+            assert drawn[0, i] == token, f"token {i} of {len(made)}"
         return len(made)
 
     def _check_logprobs(self, logits_V, token, k, found):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from draws import draws
 from inference_support import CONFIG as SMALL
 from inference_support import random_weights
 
@@ -19,7 +20,7 @@ CONFIG = dataclasses.replace(SMALL, max_context=96)
 
 def make_weights():
     """Random weights; the model ends no text by itself."""
-    weights = random_weights(CONFIG, np.random.default_rng())
+    weights = random_weights(CONFIG, draws(__name__))
     weights["params/head.w"][:, Tokenizer().eos_id] = 0
     return weights
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# What gloo prints, in the middle of lines, and in two parts where two threads print at once.
-GLOO = re.compile(
-    r"\[Gloo\] Rank (?=\d|\[)"
-    r"|\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n?"
+# What gloo prints, in the middle of lines, and in pieces where threads print at once.
+_PIECES = (
+    r"\[Gloo\] Rank ",
+    " is connected to ",
+    r" peer ranks\. ",
+    "Expected number of connected peer ranks is : ",
 )
+GLOO = re.compile(rf"\[Gloo\] Rank (?:[\d\n]*(?:{'|'.join(_PIECES)}))*(?:\d*\n)*")
 LIMIT = 240.0  # seconds; a hang must not outlive its test
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from draws import draws
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parents[1] / "docs"))
@@ -27,7 +28,7 @@ def test_groups_of_random_experts(members):
     assert pairs_of_a_token(SHAPE, members) == pytest.approx(counted)
     least = min(len({e // members for e in one}) for one in chosen)
     assert pairs_of_a_token(SHAPE, members, 0.0) == least
-    order = np.random.default_rng().permutation(8).reshape(-1, members)
+    order = draws(__name__).permutation(8).reshape(-1, members)
     assert groups_of_a_token(np.array(chosen), order) == pytest.approx(counted)
 
 

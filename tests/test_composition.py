@@ -23,6 +23,7 @@ from composition_support import (
     placement_of,
     slots_of,
 )
+from draws import seed_of
 from jax.sharding import NamedSharding
 from offload_support import SOFTMAX, Offloaded, assert_close, generate, prompts_of, replaced
 from train_support import BATCH, SEQ, batches, blueprint_of, host, initial
@@ -45,7 +46,7 @@ REFUSED = {
 ROWS = pairwise(FACTORS, {frozenset(pair) for pair in REFUSED}, np.random.default_rng(0))
 
 # Of weights and tokens, which the rows share: other ones in each process.
-SEED = int(np.random.SeedSequence().entropy) % 2**32
+SEED = seed_of(__name__)
 TOKENS = batches(np.random.default_rng(SEED), 2)
 
 WIRE_BOUND = {"compute": 0.0, "fewer_columns": 0.0, "int8": 0.03, "float8": 0.12}

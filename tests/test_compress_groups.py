@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from compress_model_support import CONFIG, SEQ, E, K, options, save, weights_of, write_text
 from compress_support import ACTIVATIONS, random_experts, random_sample, true_output
+from draws import draws
 from scipy.special import expit, softmax
 
 from moejax.compress.__main__ import main
@@ -139,7 +140,7 @@ def test_tokens_choose_groups(rng):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return np.random.default_rng().integers(0, 257, (9, SEQ)).astype(np.int32)
+    return draws(__name__).integers(0, 257, (9, SEQ)).astype(np.int32)
 
 
 def grouping(**more):

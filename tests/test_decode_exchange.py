@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from engine_support import Oracle, make_engine, run
 from inference_support import CONFIG, random_weights
 from jax.sharding import PartitionSpec as P
@@ -35,7 +36,7 @@ GREEDY = {"temperature": 0, "logprobs": 5, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def flat():
-    return random_weights(MODEL, np.random.default_rng())
+    return random_weights(MODEL, draws(__name__))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from engine_support import END, Oracle, check_books, make_engine, run
 from inference_support import CONFIG, random_weights
 
@@ -27,7 +28,7 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def flat():
-    return random_weights(CONFIG, np.random.default_rng())
+    return random_weights(CONFIG, draws(__name__))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from draws import seed_of
 from jax import numpy as jnp
 
 pytest.importorskip("torch")
@@ -49,7 +50,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    seed = int(np.random.SeedSequence().entropy) % 2**32
+    seed = seed_of(request.node.nodeid)
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
     model = make_hf(request.param, rng)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from draws import draws
 from inference_support import CONFIG, random_weights
 from model_support import attention, rms
 from oracle import Dense, dense_moe, relative_error
@@ -46,7 +47,7 @@ def logits_by_hand(flat, tokens_BS):
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """A model folder, texts, and their logits; 3 texts, which no mesh of 4 divides."""
-    rng = np.random.default_rng()
+    rng = draws(__name__)
     path = tmp_path_factory.mktemp("model") / "m"
     flat = random_weights(MODEL, rng)
     save_model_folder(path, flat, MODEL, Tokenizer(), record={}, dtype=np.float32)

@@ -6,6 +6,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from inference_support import CONFIG, check_greedy, make_generator, random_weights
 
 from moejax.data.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ GREEDY = SamplingConfig()
 
 @pytest.fixture(scope="module")
 def flat():
-    return random_weights(CONFIG, np.random.default_rng())
+    return random_weights(CONFIG, draws(__name__))
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)

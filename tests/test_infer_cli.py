@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from inference_support import CONFIG, make_generator, random_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,7 +40,7 @@ SPEED = r"\[\d+ tokens in [\d.]+ s, [\d.]+ tokens/s; first text after [\d.]+ s.*
 
 @pytest.fixture(scope="module")
 def flat():
-    weights = random_weights(CONFIG, np.random.default_rng())
+    weights = random_weights(CONFIG, draws(__name__))
     weights["params/head.w"][:, Tokenizer().eos_id] = 0  # others are likelier: no text ends early
     return weights
 

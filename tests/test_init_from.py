@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from families_support import load_hf, make_hf, save_hf
 from flax import nnx
 from inference_support import CONFIG, random_weights
@@ -53,7 +54,7 @@ def text(tmp_path_factory):
 
 
 def fresh_rng():
-    return np.random.default_rng(np.random.SeedSequence().entropy)
+    return draws(__name__)
 
 
 def put_texts(folder):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -263,7 +264,7 @@ def test_equals_transformers(yarn, interleaved, query_rank, rng):
 
 
 def test_only_query_heads_must_divide_over_tensor():
-    attention = make(np.random.default_rng())[0]
+    attention = make(draws(__name__))[0]
     config = dataclasses.replace(mixed_config(), attention=attention)
     check_mesh(config, MeshShape(tensor=4))
     with pytest.raises(UserError, match="tensor=8 with num_heads=4"):

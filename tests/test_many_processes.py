@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 import pytest
-from processes_support import processes, together
+from processes_support import GLOO, processes, together
 from run_support import TINY, rows, run, write_text
 
 STEPS = 20
@@ -52,6 +52,18 @@ def single(monkeypatch, *argv):
 
 def exchange(mode):
     return ["--model.moe.exchange.mode", mode]
+
+
+def test_what_gloo_prints_is_left_out(rng):
+    """However the pieces of two or three threads' lines fall among each other."""
+    line = ["[Gloo] Rank ", "", " is connected to ", "", " peer ranks. "]
+    line += ["Expected number of connected peer ranks is : ", "", "\n"]
+    for _ in range(500):
+        lines = [[p or str(rng.integers(16)) for p in line] for _ in range(rng.integers(1, 4))]
+        printed = ""
+        while any(lines):
+            printed += lines[rng.choice([i for i, left in enumerate(lines) if left])].pop(0)
+        assert GLOO.sub("", f"step 20/20{printed}3 experts\n") == "step 20/203 experts\n"
 
 
 def test_two_processes_are_as_one(text, tmp_path, monkeypatch):

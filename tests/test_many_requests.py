@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from draws import draws
 from inference_support import CONFIG, random_weights
 from processes_support import processes
 
@@ -18,7 +19,7 @@ from moejax.serving import start
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    weights = random_weights(CONFIG, np.random.default_rng())
+    weights = random_weights(CONFIG, draws(__name__))
     path = tmp_path_factory.mktemp("models") / "tiny"
     save_model_folder(path, weights, CONFIG, Tokenizer(), record={}, dtype=np.float32)
     return path

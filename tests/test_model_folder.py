@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from draws import draws
 from inference_support import CONFIG, PARTS, random_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,7 +37,7 @@ def targets_of(sizes=(1, 1, 1)):
 
 @pytest.fixture(scope="module")
 def flat():
-    return random_weights(CONFIG, np.random.default_rng())
+    return random_weights(CONFIG, draws(__name__))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from fewer_experts_support import model_of
 from offload_support import (
     KINDS,
@@ -36,7 +37,7 @@ def programs_are_kept(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small():
-    return Offloaded(SOFTMAX, np.random.default_rng())
+    return Offloaded(SOFTMAX, draws(__name__))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def engine(small):
 
 @pytest.fixture(scope="module")
 def prompts():
-    return prompts_of(np.random.default_rng(), 5, 21, 1, 9)
+    return prompts_of(draws(__name__), 5, 21, 1, 9)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_texts_are_those_of_the_resident_engine(small, engine, prompts, resident
 
 
 def random_guesses(monkeypatch):
-    random = np.random.default_rng()
+    random = draws(__name__)
     ahead = Guesses.ahead
 
     def wrong(self, layer):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from fewer_experts_support import draw, model_of
 from flax import nnx
 from jax import numpy as jnp
@@ -114,7 +115,7 @@ class Recorder:
 @pytest.mark.slow
 def test_predictors(monkeypatch, tmp_path):
     """Each follows its own text, from its prompt's choices on; fitted ones change no bit."""
-    rng = np.random.default_rng()
+    rng = draws(__name__)
     small, fits = Offloaded(SOFTMAX, rng), random_fits(rng)
     with kept_programs(tmp_path):
         engine = small.engine(small.experts(2, predictor="none"), max_len=48)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from jax import numpy as jnp
 from offload_support import (
     KINDS,
@@ -76,7 +77,7 @@ def test_a_copy(rng, dtype):
 
 @pytest.fixture(scope="module")
 def small():
-    return Offloaded(SOFTMAX, np.random.default_rng(), miss_dtype="int8")
+    return Offloaded(SOFTMAX, draws(__name__), miss_dtype="int8")
 
 
 @pytest.mark.parametrize("alike", [False, True])

@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from draws import draws
 from fewer_experts_support import draw, model_of
 from modes_support import make_folder, make_weights, mode_runner
 from offload_support import KINDS, SOFTMAX, Offloaded, Source, Watched
@@ -127,7 +128,7 @@ def test_what_is_read_is_what_lies_in_memory(kind, weights, rng, tmp_path):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """The same model twice: in host memory, and mapped."""
-    rng = np.random.default_rng()
+    rng = draws(__name__)
     source = saved(tmp_path_factory.mktemp("models") / "m", rng, "softmax")
     return {
         store: Offloaded(source.config, rng, source=source, store=store)

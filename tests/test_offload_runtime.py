@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from fewer_experts_support import model_of
 from offload_support import SOFTMAX, WORKS, Offloaded, random_choice, replaced
 
@@ -24,7 +25,7 @@ E, LAYERS = 8, 3
 
 @pytest.fixture(scope="module")
 def small():
-    return Offloaded(SOFTMAX, np.random.default_rng())
+    return Offloaded(SOFTMAX, draws(__name__))
 
 
 def test_experts_lie_on_the_host(small):

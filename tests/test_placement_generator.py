@@ -44,9 +44,10 @@ def test_generator_clusters(rng):
     seed = int(rng.integers(1 << 30))
     within = []
     for share in (0.0, 0.5, 0.9):
-        traffic = make_traffic(64, 1, share=share, seed=seed)
-        pairs = statistics_of(generate(traffic, 3000, seed=seed)).pairs_LEE
-        within.append(1 - cut(pairs, traffic.cluster_LE)[0])
+        traffic = make_traffic(64, 16, share=share, seed=seed)  # layers are drawn independently
+        pairs = statistics_of(generate(traffic, 400, seed=seed)).pairs_LEE
+        within.append(1 - cut(pairs, traffic.cluster_LE).mean())
+    # Of one layer by 0.11 and 0.45 in the mean, with deviations of 0.03 and 0.05 over traffics.
     assert within[0] < within[1] - 0.05 < within[2] - 0.2
     trace = generate(make_traffic(64, 2, choices=64, seed=seed), 20, mean_length=3, seed=seed)
     assert (np.sort(trace.experts_NLK, axis=2) == np.arange(64)).all()

@@ -7,6 +7,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from engine_support import END
 from inference_support import CONFIG, random_weights
 from jax import numpy as jnp
@@ -36,7 +37,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=12, logprobs=20, ignore_eos=Tr
 
 @pytest.fixture(scope="module")
 def flat():
-    return random_weights(CONFIG, np.random.default_rng())
+    return random_weights(CONFIG, draws(__name__))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
@@ -152,7 +153,7 @@ def checkpointed(call):
 @pytest.fixture(scope="module")
 def plain():
     """A model on two devices, its inputs, and what it gives without a wrapper."""
-    rng = np.random.default_rng()
+    rng = draws(__name__)
     mesh, seed = make_mesh(MeshShape(data=2)), int(rng.integers(2**32))
     x, target = data(rng, 7)
     model = make(lambda: Model(mesh), np.random.default_rng(seed))

@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from flax import nnx
 from jax import numpy as jnp
 from oracle import relative_error
@@ -43,7 +44,7 @@ def test_no_tokens(sizes, mode):
 @pytest.fixture(scope="module")
 def called():
     """A layer on 2 × 2 and its compiled call."""
-    rng = np.random.default_rng()
+    rng = draws(__name__)
     mesh = make_mesh(MeshShape(data=2, expert=2))
     layer = make(lambda: ShardedMoELayer(D, moe(), mesh=mesh, rngs=nnx.Rngs(0)), rng)
     return layer, nnx.jit(lambda layer, x, placement, mask: layer(x, placement, mask))

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from draws import draws
 from flax import nnx
 from jax import numpy as jnp
 from train_support import blueprint_of, host, make_config
@@ -50,7 +51,7 @@ def small_pieces(monkeypatch):
 
 
 def test_names_and_shapes():
-    flat = random_state(np.random.default_rng())
+    flat = random_state(draws(__name__))
     assert flat["step"].shape == ()
     parts = {name.partition("/")[0] for name in flat}
     assert parts == {"params", "mu", "nu", "bias", "step"}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from draws import draws
 from flax import nnx
 from jax import numpy as jnp
 from moe_harness import ShardedLayer, errors, random_weights, run_oracle
@@ -257,6 +258,6 @@ def test_what_needs_single_experts_is_refused():
     assert "experts computed 2 together: up " in lines
     with pytest.raises(UserError, match="on a mesh of tensor=2"):
         WideLayer((1, 1, 2), moe(8, 2, 2), 4)(
-            wide(random_weights(np.random.default_rng(), moe(8, 2, 2), D), 2),
+            wide(random_weights(draws(__name__), moe(8, 2, 2), D), 2),
             *np.ones((2, 4, D), np.float32),
         )
