@@ -149,6 +149,7 @@ def predicted_ms(config: TrainConfig, shape: MeshShape, device: Any) -> float | 
 
 def measure(case: str, steps: int) -> dict[str, Any]:
     """One row."""
+    jax.clear_caches()  # of traces that know the last case's kernels
     name, config = configured(case)
     shape = MeshShape.parse(config.mesh)
     mesh = make_mesh(shape)
