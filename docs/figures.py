@@ -367,6 +367,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "locality_trained": lambda: of_exchange("locality", figures_placement.locality_trained),
     "offload_hits": lambda: of_exchange("offload_traces", figures_offload.hits),
     "offload_recalls": lambda: of_exchange("offload_traces", figures_offload.recalls),
+    "offload_decoding": lambda: of_exchange("offload_h200", figures_offload.decoding),
+    "stream_kernels": lambda: of_exchange("stream_kernels", figures_training.stream_kernels),
     "train_step": lambda: of_exchange("train_step_h100", figures_training.steps),
     "unequal_groups": lambda: of_exchange("unequal_groups", figures_training.unequal_groups),
     "kills": lambda: of_exchange("faults", figures_faults.kills),

@@ -32,6 +32,23 @@ def steps(result: dict[str, Any]) -> Table:
     return [*headings, *more], body
 
 
+def stream_kernels(result: dict[str, Any]) -> Table:
+    """Norms and heads: kernels beside XLA's programs and what must move."""
+    body = [
+        [
+            row["shape"],
+            f"`{row['program']}`",
+            f"{row['megabytes']:.0f}",
+            f"{row['floor_ms']:.3f}",
+            f"{row['ms']:.3f}",
+            f"{row['xla_ms']:.3f}",
+            f"{row['xla_over_ours']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return ["shape", "program", "MB", "floor, ms", "ms", "XLA, ms", "XLA / ours"], body
+
+
 def unequal_groups(result: dict[str, Any]) -> Table:
     """Weight gradients of experts with unequal numbers of tokens."""
     body = [
