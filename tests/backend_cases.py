@@ -176,7 +176,8 @@ def layer_arrays(rng, ids, *, slots, d_model, hidden, parts, d_out=None, biases=
 def exact_layer(arrays, ids, ct, activation):
     """The layer and all its gradients in float64, one slot at a time; and scales.
 
-    A score's gradient is a sum of D terms, of which little may be left.
+    A score's gradient is a sum of D terms, of which little may be left. It is as well one over
+    hidden units, and over projections; a rounding of any of these moves it by a part of its term.
     """
     a64 = {name: np.asarray(a, np.float64) for name, a in arrays.items()}
     ct = np.asarray(ct, np.float64)
@@ -189,7 +190,11 @@ def exact_layer(arrays, ids, ct, activation):
         weight = a64["scores"][rows, js][:, None]
         np.add.at(exact["out"], rows, weight * y)
         exact["scores"][rows, js] = np.sum(y * ct[rows], axis=1)
-        terms += np.sum((y * ct[rows]) ** 2)
+        h = np.einsum("td,dnh->tnh", a64["x"][rows], a64["w_in"][s]) + biases[0]
+        hidden, pull_activation = activate(h, activation)
+        hidden_ct = ct[rows] @ a64["w_out"][s].T
+        parts = (y, ct[rows]), (hidden, hidden_ct), (h, pull_activation(hidden_ct))
+        terms += sum(np.sum((value * its_ct) ** 2) for value, its_ct in parts)
         x_ct, *cts = pull(weight * ct[rows])
         np.add.at(exact["x"], rows, x_ct)
         for name, value in zip(("w_in", "w_out", "b_in", "b_out"), cts):
