@@ -66,7 +66,7 @@ def test_slots(small, rng):
     for _ in range(10):
         slot, expert = int(rng.integers(3)), int(rng.integers(E))
         transfers.ask(0, [expert])
-        slots.put(slot, transfers.take(0, expert))
+        slots.put(slot, expert, transfers.take(0, expert))
         held[slot] = expert
         compiled = compiled or insert._cache_size()
     assert insert._cache_size() == compiled

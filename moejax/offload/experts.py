@@ -35,6 +35,9 @@ from moejax.offload.transfers import Transfers
 
 __all__ = ["OffloadedExperts"]
 
+_RECENT = 1 / 16  # weight of a step among those that tell how often nothing is missing
+_LIKELY = 1 / 4  # a program begun in vain mostly runs beside the transfer that it lacked
+
 
 class OffloadedExperts:
     """Slots, transfers and guesses of a model.
@@ -64,6 +67,7 @@ class OffloadedExperts:
         self._slots: list[DeviceSlots] = []
         # Of each layer, experts that came to their slot in fewer bits; some may have left it.
         self._low: list[set[int]] = []
+        self._whole_L = [1.0] * len(self.layers)  # share of the last steps that lacked nothing
         self._lost = False  # what the slots hold
         self._fill()
 
@@ -77,7 +81,7 @@ class OffloadedExperts:
             for group in self._grouped(held):
                 self.transfers.ask(layer, group, exact=True)
                 for expert in group:
-                    slots.put(held.index(expert), self.transfers.take(layer, expert))
+                    slots.put(held.index(expert), expert, self.transfers.take(layer, expert))
             policy = make_policy(self.config.policy, bank.experts)
             self._caches.append(SlotCache(self.room.slots_L[at], bank.experts, policy, held))
             self._slots.append(slots)
@@ -97,6 +101,17 @@ class OffloadedExperts:
     def slots_of(self, at: int) -> Int32[np.ndarray, " E"]:
         """Where each expert of a layer is now; −1 for absent. A copy."""
         return self._caches[at].slot_E.copy()
+
+    def in_slots(self, at: int) -> tuple[Expert, jax.Array]:
+        """The slots' arrays of a layer, and where each expert is in them: int32 [E], −1 for absent.
+
+        Until an expert is put into a slot, which takes the arrays.
+        """
+        return self._slots[at].arrays, self._slots[at].slot_E
+
+    def likely_whole(self, at: int) -> bool:
+        """Whether a step of a layer may well need nothing but what its slots hold."""
+        return self._whole_L[at] > _LIKELY
 
     def arrive(
         self, at: int, experts_TK: Int[np.ndarray, "T K"], probe_E: np.ndarray | None
@@ -123,6 +138,7 @@ class OffloadedExperts:
         uses.held += len(needed) - len(missing)
         uses.early += early
         uses.missed += len(missing) - early
+        self._whole_L[at] += _RECENT * ((not missing) - self._whole_L[at])
         self.guesses.observe(at, experts_TK, probe_E)
         cache.policy.expect(self.guesses.again(at))
         cache.used(needed)
@@ -142,14 +158,13 @@ class OffloadedExperts:
         Returns:
             the slots' arrays, and where each expert is in them: int32 [E], −1 for absent.
         """
-        cache, slots = self._caches[need.at], self._slots[need.at]
+        cache = self._caches[need.at]
         keep = {*need.held, *need.missing}
         places = {expert: cache.admit(expert, keep) for expert in need.missing}
-        slot_E = self._put(cache.slot_E.copy())
         for group in self._streamed(need, lambda: None):
             for expert, arrays in group.items():
                 self._place(need, places[expert], expert, arrays)
-        return slots.arrays, slot_E
+        return self.in_slots(need.at)
 
     def waves(self, need: Need, *, alike: bool = False) -> Iterator[Wave]:
         """All that is needed, some at a time.
@@ -309,5 +324,5 @@ class OffloadedExperts:
 
     def _place(self, need: Need, slot: int, expert: int, arrays: Expert) -> None:
         """Puts an expert into a slot, and notes whether it came in fewer bits."""
-        self._slots[need.at].put(slot, arrays)
+        self._slots[need.at].put(slot, expert, arrays)
         (self._low[need.at].add if expert in need.low else self._low[need.at].discard)(expert)

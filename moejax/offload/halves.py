@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 from jax import numpy as jnp
 
 from moejax.inference.shapes import Shape
 from moejax.inference.step_rows import pages_and_tokens, rows_of, step_tokens
 from moejax.model.cache import LayerCache
-from moejax.offload.parts import BankLayout
+from moejax.offload.parts import BankLayout, Structure
 from moejax.offload.store import Expert
 from sharding.collectives import all_gather
 from sharding.mesh import TENSOR
 
-__all__ = ["Halves", "Kind"]
+__all__ = ["Halves", "Kind", "Sent", "Weights"]
+
+Weights = tuple[jax.Array, ...]
+"""All arrays of a layer without its bank, or of a model without its layers."""
 
 Sent = tuple[jax.Array, jax.Array, jax.Array]
 """Normalised tokens [T, D], scores [T, K] and experts [T, K], −1 for none."""
@@ -31,7 +33,7 @@ Sent = tuple[jax.Array, jax.Array, jax.Array]
 class Kind:
     """What equal layers have in common.
 
-    graph: structure of a layer without its bank.
+    block: structure of a layer without its bank.
     bank: what the bank consists of; None for a dense layer.
     slots: S.
     wave: W, experts that are streamed together.
@@ -39,7 +41,7 @@ class Kind:
     top_k: K; 0 for a dense layer.
     """
 
-    graph: Any
+    block: Structure
     bank: BankLayout | None
     slots: int
     wave: int
@@ -51,15 +53,15 @@ class Kind:
 class Halves:
     """The parts of a step.
 
-    graph: structure of the model without its layers.
+    model: structure of the model without its layers.
     dtype: of the computation.
     """
 
-    graph: Any
+    model: Structure
     dtype: Any
 
     def begin(
-        self, shape: Shape, state: nnx.State, history_RM: Any, rows_BF: Any, where_BW: Any
+        self, shape: Shape, own: Weights, history_RM: Any, rows_BF: Any, where_BW: Any
     ) -> tuple[jax.Array, dict[str, jax.Array | None]]:
         """The embedded tokens of a step, and what all layers are told of its rows."""
         count_B, length_B, _ = rows_of(rows_BF)
@@ -75,14 +77,14 @@ class Halves:
             "tables_BN": tables_BN,
             "lengths_B": None if shape.begins else length_B,
         }
-        model = nnx.merge(self.graph, state)
+        model = self.model.around(own)
         return model.embedding(tokens_BS, self.dtype), context
 
     def dense(
-        self, kind: Kind, state: nnx.State, x_BSD: Any, context: Any, pages: LayerCache
+        self, kind: Kind, own: Weights, x_BSD: Any, context: Any, pages: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
         """A layer without experts."""
-        x_BSD, _, pages = nnx.merge(kind.graph, state)(
+        x_BSD, _, pages = kind.block.around(own)(
             x_BSD,
             context["positions_BS"],
             token_mask_BS=context["mask_BS"],
@@ -96,7 +98,7 @@ class Halves:
         self,
         kind: Kind,
         bonus: float,
-        state: nnx.State,
+        own: Weights,
         probe: Any,
         x_BSD: jax.Array,
         context: Any,
@@ -104,7 +106,7 @@ class Halves:
         slot_E: jax.Array | None,
     ) -> tuple[jax.Array, Sent, jax.Array | None, LayerCache]:
         """The first half of a layer with experts: attention, routing, a guess for the next one."""
-        block = nnx.merge(kind.graph, state)
+        block = kind.block.around(own)
         before_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         x_BSD, y_TD, pages = block.attend(
             x_BSD,
@@ -125,20 +127,42 @@ class Halves:
         return x_BSD, (y_TD, routing.scores_TK, experts_TK), guess_E, pages
 
     def serve(
-        self, kind: Kind, state: nnx.State, weights: Expert, x_BSD: Any, sent: Sent, slot_E: Any
+        self, kind: Kind, own: Weights, weights: Expert, x_BSD: Any, sent: Sent, slot_E: Any
     ) -> jax.Array:
         """The second half where all experts that are needed are in the slots."""
         y_TD, scores_TK, experts_TK = sent
-        moe = _with_bank(kind, state, weights)
+        moe = _with_bank(kind, own, weights)
         slots_TK = _slots_of(experts_TK, slot_E)
         routed_TD = moe.serve(y_TD, scores_TK, slots_TK, kind.slots)
         return x_BSD + moe.finish(y_TD, routed_TD).reshape(x_BSD.shape)
+
+    def serve_attend(
+        self,
+        kind: Kind,
+        after: Kind,
+        bonus: float,
+        own: Weights,
+        weights: Expert,
+        x_BSD: jax.Array,
+        sent: Sent,
+        slot_E: Any,
+        *given: Any,
+    ) -> tuple[jax.Array, Sent, jax.Array | None, LayerCache]:
+        """The second half of a layer, and the first half of the one after it.
+
+        Args:
+            kind, after: of the two layers.
+            given: the second one's weights and probe, and what `attend` takes behind the residual.
+        """
+        x_BSD = self.serve(kind, own, weights, x_BSD, sent, slot_E)
+        own, probe, *rest = given
+        return self.attend(after, bonus, own, probe, x_BSD, *rest)
 
     def wave(
         self,
         kind: Kind,
         slots: int,
-        state: nnx.State,
+        own: Weights,
         weights: Expert,
         sent: Sent,
         slot_E: Any,
@@ -146,7 +170,7 @@ class Halves:
     ) -> jax.Array:
         """What some of the experts give, added to the copies that are theirs; float32 [N, D]."""
         y_TD, scores_TK, experts_TK = sent
-        moe = _with_bank(kind, state, weights)
+        moe = _with_bank(kind, own, weights)
         x_ND = jnp.repeat(y_TD, scores_TK.shape[1], axis=0)
         slots_N1 = _slots_of(experts_TK, slot_E).reshape(-1, 1)
         # Zero for all other copies: each is written to once, and nothing is rounded.
@@ -155,7 +179,7 @@ class Halves:
     def streamed(
         self,
         kind: Kind,
-        state: nnx.State,
+        own: Weights,
         weights: tuple[Expert, ...],
         sent: Sent,
         slot_E: Any,
@@ -163,32 +187,32 @@ class Halves:
     ) -> jax.Array:
         """The same with experts that lie each by itself."""
         bank = tuple(jnp.stack(arrays) for arrays in zip(*weights, strict=True))
-        return self.wave(kind, kind.wave, state, bank, sent, slot_E, y_ND)
+        return self.wave(kind, kind.wave, own, bank, sent, slot_E, y_ND)
 
-    def finish(self, kind: Kind, state: nnx.State, x_BSD: Any, sent: Sent, y_ND: Any) -> jax.Array:
+    def finish(self, kind: Kind, own: Weights, x_BSD: Any, sent: Sent, y_ND: Any) -> jax.Array:
         """The end of a layer whose experts came in waves."""
         y_TD, scores_TK, _ = sent
         copies = scores_TK.shape[1]
         # One after the other, in the order of the choice: a reduction may take any order.
         y_TKD = y_ND.reshape(-1, copies, y_ND.shape[1])
         routed_TD = sum((y_TKD[:, k] for k in range(1, copies)), start=y_TKD[:, 0])
-        moe = nnx.merge(kind.graph, state).moe
+        moe = kind.block.around(own).moe
         return x_BSD + moe.finish(y_TD, routed_TD).reshape(x_BSD.shape)
 
-    def end(self, state: nnx.State, x_BSD: jax.Array, rows_BF: jax.Array) -> jax.Array:
+    def end(self, own: Weights, x_BSD: jax.Array, rows_BF: jax.Array) -> jax.Array:
         """Logits float32 [B, V] of each row's last token."""
         count_B, _, _ = rows_of(rows_BF)
-        model = nnx.merge(self.graph, state)
+        model = self.model.around(own)
         last_B = jnp.maximum(count_B - 1, 0)
         hidden_BSD = model.final_norm(x_BSD)
         hidden_BD = jnp.take_along_axis(hidden_BSD, last_B[:, None, None], axis=1)[:, 0]
         return all_gather(model.logits(hidden_BD), TENSOR, 1)
 
 
-def _with_bank(kind: Kind, state: nnx.State, weights: Expert) -> Any:
+def _with_bank(kind: Kind, own: Weights, weights: Expert) -> Any:
     """The experts' part of a layer around a bank of other slots."""
     assert kind.bank is not None
-    moe = nnx.merge(kind.graph, state).moe
+    moe = kind.block.around(own).moe
     moe.bank = kind.bank.bank(weights)
     return moe
 

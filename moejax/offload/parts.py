@@ -19,7 +19,30 @@ from moejax.errors import UserError
 from moejax.model.groups import change_blocks
 from moejax.training.state import Blueprint
 
-__all__ = ["BankLayout", "TakenApart", "apart", "dense_bytes"]
+__all__ = ["BankLayout", "Structure", "TakenApart", "apart", "dense_bytes", "same_but_layer"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A module without its arrays.
+
+    Programs that are called once for each layer are given bare arrays: to look for them in a state
+    takes the host as long as to start a small program.
+    """
+
+    graph: Any
+    tree: Any
+
+    @staticmethod
+    def of(module: Any) -> tuple[Structure, tuple[jax.Array, ...]]:
+        """A module's structure, and its arrays."""
+        graph, state = nnx.split(module)
+        arrays, tree = jax.tree.flatten(state)
+        return Structure(graph, tree), tuple(arrays)
+
+    def around(self, arrays: Sequence[jax.Array]) -> Any:
+        """The module."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, arrays))
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
+from moejax.offload.parts import Structure
 from moejax.routing.choice import selection_scores
 
 __all__ = ["LinearProbe", "RouterProbe"]
@@ -28,26 +28,26 @@ class RouterProbe:
     norm, router: their structure.
     """
 
-    norm: Any
-    router: Any
+    norm: Structure
+    router: Structure
 
     @staticmethod
-    def of(block: Any) -> tuple[RouterProbe, tuple[nnx.State, nnx.State]]:
+    def of(block: Any) -> tuple[RouterProbe, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]]:
         """The probe for a layer, and its weights."""
-        norm, norm_state = nnx.split(block.mlp_norm)
-        router, router_state = nnx.split(block.moe.router)
-        return RouterProbe(norm, router), (norm_state, router_state)
+        norm, norm_weights = Structure.of(block.mlp_norm)
+        router, router_weights = Structure.of(block.moe.router)
+        return RouterProbe(norm, router), (norm_weights, router_weights)
 
     def __call__(
         self,
-        weights: tuple[nnx.State, nnx.State],
+        weights: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
         before_TD: Float[Array, "T D"],
         after_TD: Float[Array, "T D"],
         mask_T: Bool[Array, " T"],
     ) -> Float32[Array, " E"]:
         """How many tokens choose each expert; what is equal goes by its mean probability."""
         del before_TD
-        norm, router = (nnx.merge(*pair) for pair in zip((self.norm, self.router), weights))
+        norm, router = self.norm.around(weights[0]), self.router.around(weights[1])
         x_TD = norm(after_TD)
         counts_E = router(x_TD, token_mask_T=mask_T).counts_E.astype(jnp.float32)
         config = router.config.of_outputs

@@ -15,10 +15,11 @@ width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,10 +35,11 @@ from moejax.inference.shapes import Shape
 from moejax.inference.step_programs import StepPrograms
 from moejax.inference.step_rows import COLUMNS
 from moejax.offload.experts import OffloadedExperts
-from moejax.offload.halves import Halves, Kind
-from moejax.offload.parts import same_but_layer
-from moejax.offload.probes import LinearProbe, RouterProbe
+from moejax.offload.halves import Halves, Kind, Sent
+from moejax.offload.layers import HostedLayer, split_layers
+from moejax.offload.parts import Structure
 from moejax.offload.statistics import OffloadStats
+from moejax.offload.store import Expert
 from moejax.training.state import Blueprint
 
 __all__ = ["OffloadedPrograms"]
@@ -45,29 +47,28 @@ __all__ = ["OffloadedPrograms"]
 
 @dataclass(frozen=True)
 class _Key:
-    """A program: what it does, of layers of which kind, and for which sizes."""
+    """A program: what it does, of layers of which kind, and for which sizes.
+
+    after: of `serve_attend`, the kind of the second of two layers.
+    """
 
     part: str
     shape: Shape
     kind: int = -1
+    after: int = -1
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer of the model.
+class _Routed(NamedTuple):
+    """What the first half of a layer with experts leaves.
 
-    name: of its pages.
-    at: its number among layers with experts; None without.
-    state: its weights but for the experts.
-    probe: weights of what guesses the next layer's choice; None where nothing does.
-    kind: which programs it has.
+    x_BSD: the residual behind the attention.
+    sent: see `halves`.
+    probe_E: a guess for the next layer, if there is one.
     """
 
-    name: str
-    at: int | None
-    state: nnx.State
-    probe: Any
-    kind: int
+    x_BSD: jax.Array
+    sent: Sent
+    probe_E: jax.Array | None
 
 
 class OffloadedPrograms(StepPrograms):
@@ -103,11 +104,11 @@ class OffloadedPrograms(StepPrograms):
         self._experts, self._by_copy = experts, by_copy
         self._here = NamedSharding(blueprint.mesh, P())
         model: Any = blueprint.merge(params, biases)
-        self._kinds: list[Kind] = []
-        self._model_layers = self._split_layers(model)
+        split = split_layers(model, blueprint.groups, experts, self._here)
+        self._model_layers, self._kinds = split
         model.layers = nnx.Dict({})
-        graph, self._top_state = nnx.split(model)
-        self._halves = Halves(graph, jnp.dtype(blueprint.config.compute_dtype))
+        structure, self._rest = Structure.of(model)
+        self._halves = Halves(structure, jnp.dtype(blueprint.config.compute_dtype))
 
     def offload_stats(self) -> OffloadStats:
         """What was moved and waited for."""
@@ -125,57 +126,45 @@ class OffloadedPrograms(StepPrograms):
         del rows, how, timer
         return None
 
-    def _split_layers(self, model: Any) -> list[_Layer]:
-        groups = self._blueprint.groups
-        experts, numbers = self._experts, {index: n for n, index in enumerate(self._experts.layers)}
-        seen: dict[Hashable, int] = {}
-        layers = []
-        for group in groups:
-            graph, state = nnx.split(model.layers[group.name])
-            at = numbers.get(group.start)
-            bank, slots, probe, weights = None, 0, None, None
-            if at is not None:
-                bank, slots = experts.store.banks[group.start], experts.room.slots_L[at]
-                probe, weights = self._probe(model, at)
-            same = (graph, None if bank is None else same_but_layer(bank), slots, probe)
-            if same not in seen:
-                seen[same] = len(self._kinds)
-                top_k = 0 if group.layer.moe is None else group.layer.moe.router.top_k
-                self._kinds.append(Kind(graph, bank, slots, experts.room.wave, probe, top_k))
-            layers.append(_Layer(group.name, at, state, weights, seen[same]))
-        return layers
-
-    def _probe(self, model: Any, at: int) -> tuple[Any, Any]:
-        """What guesses the choice of the layer after the one numbered so, and its weights."""
-        config, layers = self._experts.config, self._experts.layers
-        if at + 1 == len(layers):
-            return None, None
-        if config.predictor == "routers":
-            return RouterProbe.of(model.layers[str(layers[at + 1])])
-        if config.predictor == "linear":
-            assert config.fits is not None
-            found = config.fits.linear(at, 1)
-            if found is not None:
-                return LinearProbe(self._experts.experts_L[at + 1]), jax.device_put(
-                    found, self._here
-                )
-        return None, None
-
     def _keys(self, shape: Shape) -> Iterator[_Key]:
         yield _Key("begin", shape)
         yield _Key("end", shape)
-        for number, kind in enumerate(self._kinds):
+        before = None
+        for layer, after in self._pairs():
+            kind, number = self._kinds[layer.kind], layer.kind
             if kind.bank is None:
                 yield _Key("dense", shape, number)
+                before = layer
                 continue
-            yield _Key("attend", shape, number)
-            most = min(shape.rows * (shape.tokens or 1) * kind.top_k, kind.bank.experts)
+            if before is None or not self._joined(shape, before, layer):
+                yield _Key("attend", shape, number)
+            before = layer
+            if self._joined(shape, layer, after):
+                assert after is not None
+                yield _Key("serve_attend", shape, number, after.kind)
+                continue
+            fit = self._all_fit(shape, kind)
             parts = [] if self._by_copy else ["serve"]
-            if self._by_copy or most > kind.slots:
+            if self._by_copy or not fit:
                 parts += ["nothing", "streamed", "finish"]
-            if most > kind.slots and not self._alike(kind):
+            if not fit and not self._alike(kind):
                 parts.append("held")
             yield from (_Key(part, self._tokens_of(shape), number) for part in parts)
+
+    def _pairs(self) -> Iterator[tuple[HostedLayer, HostedLayer | None]]:
+        """Each layer and the one after it."""
+        return itertools.zip_longest(self._model_layers, self._model_layers[1:])
+
+    def _all_fit(self, shape: Shape, kind: Kind) -> bool:
+        """Whether all experts that a step can need fit the slots of a layer."""
+        assert kind.bank is not None
+        return min(shape.rows * (shape.tokens or 1) * kind.top_k, kind.bank.experts) <= kind.slots
+
+    def _joined(self, shape: Shape, layer: HostedLayer, after: HostedLayer | None) -> bool:
+        """Whether a layer's second half and the next one's first are one program."""
+        if layer.at is None or after is None or after.at is None or self._by_copy:
+            return False
+        return self._all_fit(shape, self._kinds[layer.kind])
 
     def _alike(self, kind: Kind) -> bool:
         """Whether waves are computed in one way wherever their experts come from.
@@ -196,49 +185,95 @@ class OffloadedPrograms(StepPrograms):
 
     def _logits(self, shape: Shape, rows: jax.Array, where: jax.Array) -> jax.Array:
         begin = self._program(_Key("begin", shape))
-        x_BSD, context = begin(self._top_state, self._history_RM, rows, where)
-        for layer in self._model_layers:
-            pages = self._layers[layer.name]
+        x_BSD, context = begin(self._rest, self._history_RM, rows, where)
+        routed: _Routed | None = None  # what the program before has done of a layer already
+        for layer, after in self._pairs():
             if layer.at is None:
                 run = self._program(_Key("dense", shape, layer.kind))
-                x_BSD, self._layers[layer.name] = run(layer.state, x_BSD, context, pages)
+                pages = self._layers[layer.name]
+                x_BSD, self._layers[layer.name] = run(layer.weights, x_BSD, context, pages)
                 continue
-            run = self._program(_Key("attend", shape, layer.kind))
-            given = layer.state, layer.probe, x_BSD, context, pages, self._slots_now(layer.at)
-            x_BSD, sent, probe_E, self._layers[layer.name] = run(*given)
-            x_BSD = self._serve(layer, self._tokens_of(shape), x_BSD, sent, probe_E)
+            if routed is None:
+                run = self._program(_Key("attend", shape, layer.kind))
+                x_BSD, sent, probe_E, self._layers[layer.name] = run(
+                    *self._to_attend(layer), x_BSD, *self._behind(layer, context)
+                )
+                routed = _Routed(x_BSD, sent, probe_E)
+            x_BSD, routed = self._serve(layer, after, shape, routed, context)
         end = self._program(_Key("end", shape))
-        return end(self._top_state, x_BSD, rows)
+        return end(self._rest, x_BSD, rows)
 
-    def _slots_now(self, at: int) -> jax.Array | None:
-        """Where a layer's experts are, if routing is to prefer those that are there."""
-        if not self._experts.config.bonus:
-            return None
-        return jax.device_put(self._experts.slots_of(at), self._here)
+    def _to_attend(self, layer: HostedLayer) -> tuple[Any, ...]:
+        """What the first half of a layer is given before the residual."""
+        return layer.weights, layer.probe
+
+    def _behind(self, layer: HostedLayer, context: Any) -> tuple[Any, ...]:
+        """What it is given behind the residual: the last is where experts are, if it may know."""
+        assert layer.at is not None
+        slot_E = self._experts.in_slots(layer.at)[1] if self._experts.config.bonus else None
+        return context, self._layers[layer.name], slot_E
 
     def _serve(
-        self, layer: _Layer, shape: Shape, x_BSD: jax.Array, sent: Any, probe_E: jax.Array | None
-    ) -> jax.Array:
-        """The host's turn, and the experts."""
+        self,
+        layer: HostedLayer,
+        after: HostedLayer | None,
+        shape: Shape,
+        routed: _Routed,
+        context: Any,
+    ) -> tuple[jax.Array, _Routed | None]:
+        """The host's turn, and the experts; of the next layer, too, what goes with them.
+
+        Where nothing is likely to be missing, the device goes on with what the slots hold while the
+        host is told of the choice, and does it once more if something was: the program writes the
+        same pages again. So the way to the host and back takes no time where nothing is missing.
+        """
         assert layer.at is not None
-        experts_TK = sent[-1]
-        for array in (experts_TK, probe_E):
+        experts, done = self._experts, None
+        for array in (routed.sent[-1], routed.probe_E):
             if array is not None:
                 array.copy_to_host_async()
-        chosen_TK = np.asarray(experts_TK)
-        guess_E = None if probe_E is None else np.asarray(probe_E)
-        need = self._experts.arrive(layer.at, chosen_TK, guess_E)
+        every = not self._by_copy and self._all_fit(shape, self._kinds[layer.kind])
+        if every and experts.likely_whole(layer.at):
+            given = experts.in_slots(layer.at)
+            done = self._go_on(layer, after, shape, routed, context, *given)
+        chosen_TK = np.asarray(routed.sent[-1])
+        guess_E = None if routed.probe_E is None else np.asarray(routed.probe_E)
+        need = experts.arrive(layer.at, chosen_TK, guess_E)
         if need.fits and not self._by_copy:
-            weights, slot_E = self._experts.into_slots(need)
-            run = self._program(_Key("serve", shape, layer.kind))
-            return run(layer.state, weights, x_BSD, sent, slot_E)
+            given = experts.into_slots(need)
+            if done is None or need.missing:
+                done = self._go_on(layer, after, shape, routed, context, *given)
+            return done
+        shape = self._tokens_of(shape)
         y_ND = self._program(_Key("nothing", shape, layer.kind))()
-        for wave in self._experts.waves(need, alike=self._alike(self._kinds[layer.kind])):
+        for wave in experts.waves(need, alike=self._alike(self._kinds[layer.kind])):
             run = self._program(_Key("held" if wave.stacked else "streamed", shape, layer.kind))
-            y_ND = run(layer.state, wave.weights, sent, wave.slot_E, y_ND)
+            y_ND = run(layer.weights, wave.weights, routed.sent, wave.slot_E, y_ND)
             wave.done = y_ND
         finish = self._program(_Key("finish", shape, layer.kind))
-        return finish(layer.state, x_BSD, sent, y_ND)
+        return finish(layer.weights, routed.x_BSD, routed.sent, y_ND), None
+
+    def _go_on(
+        self,
+        layer: HostedLayer,
+        after: HostedLayer | None,
+        shape: Shape,
+        routed: _Routed,
+        context: Any,
+        weights: Expert,
+        slot_E: jax.Array,
+    ) -> tuple[jax.Array, _Routed | None]:
+        """A layer's experts over its slots, and as much of the next layer as goes with them."""
+        given = layer.weights, weights, routed.x_BSD, routed.sent, slot_E
+        if not self._joined(shape, layer, after):
+            run = self._program(_Key("serve", self._tokens_of(shape), layer.kind))
+            return run(*given), None
+        assert after is not None
+        run = self._program(_Key("serve_attend", shape, layer.kind, after.kind))
+        x_BSD, sent, probe_E, self._layers[after.name] = run(
+            *given, *self._to_attend(after), *self._behind(after, context)
+        )
+        return x_BSD, _Routed(x_BSD, sent, probe_E)
 
     def _lower_model(self, key: _Key) -> jax.stages.Lowered:
         shape, halves = key.shape, self._halves
@@ -254,27 +289,24 @@ class OffloadedPrograms(StepPrograms):
         if key.part == "begin":
             where = self._packed_rows(shape.rows, shape.pages + shape.tokens)
             run = self._jit(partial(halves.begin, shape))
-            return run.lower(self._top_state, self._history_RM, rows, where)
+            return run.lower(self._rest, self._history_RM, rows, where)
         if key.part == "end":
-            return self._jit(halves.end).lower(self._top_state, x_BSD, rows)
+            return self._jit(halves.end).lower(self._rest, x_BSD, rows)
         kind = self._kinds[key.kind]
         layer = next(one for one in self._model_layers if one.kind == key.kind)
-        if key.part in ("dense", "attend"):
-            context = {
-                "positions_BS": of(shape.rows, columns),
-                "mask_BS": of(shape.rows, columns, dtype=jnp.bool_),
-                "tables_BN": of(shape.rows, shape.pages),
-                "lengths_B": None if shape.begins else of(shape.rows),
-            }
-            pages = self._layers[layer.name]
-            if key.part == "dense":
-                run = self._jit(partial(halves.dense, kind), (1, 3))
-                return run.lower(layer.state, x_BSD, context, pages)
-            assert layer.at is not None
-            bonus = self._experts.config.bonus
+        context = {
+            "positions_BS": of(shape.rows, columns),
+            "mask_BS": of(shape.rows, columns, dtype=jnp.bool_),
+            "tables_BN": of(shape.rows, shape.pages),
+            "lengths_B": None if shape.begins else of(shape.rows),
+        }
+        if key.part == "dense":
+            run = self._jit(partial(halves.dense, kind), (1, 3))
+            return run.lower(layer.weights, x_BSD, context, self._layers[layer.name])
+        bonus = self._experts.config.bonus
+        if key.part == "attend":
             run = self._jit(partial(halves.attend, kind, bonus), (2, 4))
-            slots = self._slots_now(layer.at)
-            return run.lower(layer.state, layer.probe, x_BSD, context, pages, slots)
+            return run.lower(*self._to_attend(layer), x_BSD, *self._behind(layer, context))
         assert kind.bank is not None
         copies_ND = of(tokens * kind.top_k, width, dtype=jnp.float32)
         if key.part == "nothing":
@@ -288,18 +320,25 @@ class OffloadedPrograms(StepPrograms):
             return tuple(of(*lead, *s.shape, dtype=s.dtype) for s in kind.bank.shapes)
 
         match key.part:
+            case "serve_attend":
+                after = next(one for one in self._model_layers if one.kind == key.after)
+                both = kind, self._kinds[key.after], bonus
+                run = self._jit(partial(halves.serve_attend, *both), (8,))
+                given = layer.weights, bank(kind.slots), x_BSD, sent, slot_E
+                rest = self._behind(after, context)
+                return run.lower(*given, *self._to_attend(after), *rest)
             case "serve":
-                run = self._jit(partial(halves.serve, kind), (2,))
-                return run.lower(layer.state, bank(kind.slots), x_BSD, sent, slot_E)
+                run = self._jit(partial(halves.serve, kind))
+                return run.lower(layer.weights, bank(kind.slots), x_BSD, sent, slot_E)
             case "held":
                 run = self._jit(partial(halves.wave, kind, kind.slots))
-                return run.lower(layer.state, bank(kind.slots), sent, slot_E, copies_ND)
+                return run.lower(layer.weights, bank(kind.slots), sent, slot_E, copies_ND)
             case "streamed":
                 run = self._jit(partial(halves.streamed, kind))
                 weights = (bank(),) * kind.wave
-                return run.lower(layer.state, weights, sent, slot_E, copies_ND)
+                return run.lower(layer.weights, weights, sent, slot_E, copies_ND)
         run = self._jit(partial(halves.finish, kind), (1,))
-        return run.lower(layer.state, x_BSD, sent, copies_ND)
+        return run.lower(layer.weights, x_BSD, sent, copies_ND)
 
     def _jit(self, function: Any, donated: tuple[int, ...] = ()) -> Any:
         return jax.jit(self._mapped(function, P(), P()), donate_argnums=donated)
