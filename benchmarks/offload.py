@@ -6,8 +6,9 @@
     JAX_PLATFORMS=cpu python benchmarks/offload.py --tiny         # a rehearsal; writes nothing
 
 Writes benchmarks/results/offload_h200.json after every case: a row for each share of the experts
-that has slots, and each `POLICY:PREDICTOR`, with `:int8` (what is missing comes in 8 bits) or
-`:mapped` (experts stay in files; random weights only with `--folder`) behind it. Weights, prompts
+that has slots, and each `POLICY:PREDICTOR`, with `:all` (every guess is sent, paying or not) and
+`:int8` (what is missing comes in 8 bits) or `:mapped` (experts stay in files; random weights only
+with `--folder`) behind it. Weights, prompts
 and drawn tokens are random (temperature 1) but for the packaged model, whose prompts are its
 held-out text; one text at a time, through the engine of `infer.py`.
 
@@ -66,6 +67,7 @@ NAME = "offload_h200"
 LINK_BYTES = 2**31
 CASES = (
     *("lru:none", "lfu:none", "lfu:previous", "lru:routers", "lfu:routers", "predicted:routers"),
+    *("lru:routers:all", "lfu:routers:all"),
     *("lfu:none:int8", "lfu:routers:int8", "lfu:none:mapped", "lfu:routers:mapped"),
 )
 STORES: dict[str, dict[str, Any]] = {
@@ -151,8 +153,10 @@ class Bench:
 
     def case(self, fraction: float, case: str) -> dict[str, Any]:
         """One row."""
-        policy, predictor, *_ = case.split(":")
+        policy, predictor, *more = case.split(":")
         how: dict[str, Any] = {"policy": policy, "predictor": predictor, **STORES[self._store]}
+        if "all" in more:
+            how["guesses"] = "all"
         config = OffloadConfig(**how)
         slots = max(round(fraction * self.bank.experts), 1)
         top_k = self._model.top_k
@@ -179,6 +183,7 @@ class Bench:
             "cache_fraction": slots / self.bank.experts,
             "policy": policy,
             "predictor": predictor,
+            "guesses": config.guesses,
             "store": self._store,
             "hit_rate": uses.hit_rate,
             "held_rate": uses.held / uses.total,
@@ -223,7 +228,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="mixtral_8x7b", help="of inference_models, or packaged")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.25, 0.5])
-    cases = "POLICY:PREDICTOR, with :int8 or :mapped"
+    cases = "POLICY:PREDICTOR, with :all, :int8 or :mapped"
     parser.add_argument("--cases", nargs="+", default=list(CASES), help=cases)
     parser.add_argument("--folder", type=Path, help="random weights are written there, and kept")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
@@ -241,11 +246,16 @@ def main() -> None:
         measure(args)
 
 
+def _store(case: str) -> str:
+    """Where the experts of a case are, of `STORES`."""
+    return next((part for part in case.split(":")[2:] if part in STORES), "pinned")
+
+
 def measure(args: argparse.Namespace) -> None:
     """All cases, those of one store together: there may be no room for two."""
     (source, prompts), rows, resident = _model(args), [], None
     for store in STORES:
-        cases = [case for case in args.cases if [*case.split(":"), "pinned"][2] == store]
+        cases = [case for case in args.cases if _store(case) == store]
         if store == "mapped" and cases and source.files is None:
             if args.folder is None:
                 print("no --folder: experts are not read from files", flush=True)

@@ -52,12 +52,13 @@ def decoding(result: dict[str, Any]) -> Table:
     body = []
     for row in result["rows"]:
         belady, resident = row["belady"], row["resident_tokens_per_s"]
-        store = row.get("store", "pinned")
+        how = [row.get("store", "pinned")]
+        how += ["all guesses"] if row.get("guesses") == "all" else []
         body.append(
             [
                 f"{row['cache_fraction']:.1%}",
                 f"`{row['policy']}`",
-                f"`{row['predictor']}`" + (f", {store}" if store != "pinned" else ""),
+                ", ".join([f"`{row['predictor']}`", *(h for h in how if h != "pinned")]),
                 f"{row['hit_rate']:.1%} ({row['held_rate']:.1%})",
                 "–" if belady is None else f"{belady:.1%}",
                 f"{row['tokens_per_s']:.1f}",

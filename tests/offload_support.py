@@ -136,7 +136,11 @@ class Offloaded:
         self.resident = quantized or (blueprint, lambda name, array: {name: array})
 
     def experts(self, slots, wave=2, *, guesses=4, **config):
-        """Slots of each layer, W, experts guessed for a layer; the fields of `OffloadConfig`."""
+        """Slots of each layer, W, experts guessed for a layer; the fields of `OffloadConfig`.
+
+        All guesses are sent: which ones pay depends on the machine and its load.
+        """
+        config = {"guesses": "all", **config}
         banks = self.store.banks.values()
         size = max(bank.expert_bytes for bank in banks)
         room = Room(tuple(min(slots, bank.experts) for bank in banks), wave, guesses * size)

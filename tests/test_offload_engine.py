@@ -123,6 +123,26 @@ def test_a_guess_changes_no_bit(small, engine, prompts, policy, monkeypatch):
     assert len({uses.total for uses in hits.values()}) == 1
 
 
+def test_going_on_before_the_host_knows_changes_no_bit(small, prompts, monkeypatch):
+    """Where something was missing, what was begun in vain leaves nothing behind."""
+    engine = small.engine(small.experts(4, predictor="previous"), max_len=48)
+    go_on, begun = engine._programs._go_on, []
+    monkeypatch.setattr(engine._programs, "_go_on", lambda *a: begun.append(a) or go_on(*a))
+    as_it_is, found, runs, layers = OffloadedExperts.likely_whole, [], [], []
+    for likely in lambda self, at: False, lambda self, at: True, as_it_is:
+        monkeypatch.setattr(OffloadedExperts, "likely_whole", likely)
+        experts = swap(engine, small.experts(4, predictor="previous"))
+        begun.clear()
+        found.append([generate(engine, [prompt], tokens=10) for prompt in prompts])
+        check_statistics(experts)
+        runs.append(len(begun))
+        layers.append(3 * experts.stats().decoded_tokens)
+        assert experts.stats().decode.missed > 0 < experts.stats().decode.held
+    assert found[1] == found[0] and found[2] == found[0]
+    never, always, sometimes = runs
+    assert layers[0] == layers[1] <= never < sometimes <= always <= 2 * never
+
+
 def test_nothing_compiles_when_the_slots_change(small, engine, prompts, caplog):
     programs = engine.stats().programs
     experts = swap(engine, small.experts(2))

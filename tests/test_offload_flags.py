@@ -84,6 +84,10 @@ def test_too_little_memory(folder):
             "--offload-bonus 1.0 with --deterministic",
         ),
         (
+            {"offload": True, "offload_predictor": "none", "offload_guesses": "all"},
+            "--offload-guesses all with --offload-predictor none",
+        ),
+        (
             {"offload": True, "offload_predictor": "none", "prefetch_bytes": "1MB"},
             "--prefetch-bytes 1MB with --offload-predictor none",
         ),

@@ -268,6 +268,7 @@ def test_sizes():
     ("fields", "told"),
     [
         ({"policy": "fifo"}, "policy 'fifo'"),
+        ({"guesses": "good"}, "guesses 'good'"),
         ({"predictor": "oracle"}, "predictor 'oracle'"),
         ({"predictor": "history"}, "needs what python -m moejax.offload"),
         ({"prefetch_bytes": -1}, "prefetch_bytes=-1"),

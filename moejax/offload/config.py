@@ -12,9 +12,11 @@ from moejax.offload.predictors import PredictorName
 
 __all__ = [
     "FITTED",
+    "GUESSES",
     "MISS_DTYPES",
     "PREDICTORS_OF_RUNTIME",
     "STORES",
+    "GuessesName",
     "MissDtype",
     "OffloadConfig",
     "PredictorOfRuntime",
@@ -27,6 +29,8 @@ FITTED = ("linear", "coactivation", "history", "combined")
 """Those that need fits of the model."""
 StoreName = Literal["pinned", "mapped"]
 STORES: tuple[StoreName, ...] = get_args(StoreName)
+GuessesName = Literal["paying", "all"]
+GUESSES: tuple[GuessesName, ...] = get_args(GuessesName)
 MissDtype = Literal["none", "int8"]
 MISS_DTYPES: tuple[MissDtype, ...] = get_args(MissDtype)
 
@@ -42,6 +46,8 @@ class OffloadConfig:
         predictor: `none` guesses nothing; `routers` applies the next layer's norm and router to the
             residual after this layer's attention; `linear` a fitted map to the residual before it;
             others see `make_predictor`.
+        guesses: `paying` sends those that are expected to save time, see `Worth`; `all` sends every
+            one. Of experts in files, all are read.
         fits: of this model, for predictors that need them, and for what the slots hold at first.
         prefetch_bytes: the most that guesses for one layer take, twice that at once; None: as many
             experts as a token chooses.
@@ -58,6 +64,7 @@ class OffloadConfig:
     store: StoreName = "pinned"
     policy: PolicyName = "lfu"
     predictor: PredictorOfRuntime = "routers"
+    guesses: GuessesName = "paying"
     fits: Fits | None = None
     prefetch_bytes: int | None = None
     wave: int | None = None
@@ -73,6 +80,8 @@ class OffloadConfig:
             raise UserError(
                 f"predictor {self.predictor!r}: must be one of {', '.join(PREDICTORS_OF_RUNTIME)}"
             )
+        if self.guesses not in GUESSES:
+            raise UserError(f"guesses {self.guesses!r}: must be one of {', '.join(GUESSES)}")
         if self.predictor in FITTED and self.fits is None:
             raise UserError(
                 f"predictor {self.predictor!r}: needs what python -m moejax.offload MODEL FITS.npz "

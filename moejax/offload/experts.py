@@ -12,6 +12,7 @@ token, T tokens of a step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from moejax.offload.slots import DeviceSlots
 from moejax.offload.statistics import OffloadStats, Uses
 from moejax.offload.store import Expert, Store
 from moejax.offload.transfers import Transfers
+from moejax.offload.worth import Worth
 
 __all__ = ["OffloadedExperts"]
 
@@ -58,6 +60,8 @@ class OffloadedExperts:
         self.transfers = Transfers(store, mesh, room.guess_bytes, low=config.low)
         self.experts_L = tuple(bank.experts for bank in store.banks.values())
         self.guesses = Guesses(config, self.experts_L, top_k)
+        smallest = min(bank.expert_bytes for bank in store.banks.values())
+        self.worth = Worth(room.guess_bytes // smallest)
         self._mesh, self._here = mesh, NamedSharding(mesh, P())
         self._uses = {True: Uses(), False: Uses()}
         self._stall = {True: 0.0, False: 0.0}
@@ -68,6 +72,7 @@ class OffloadedExperts:
         # Of each layer, experts that came to their slot in fewer bits; some may have left it.
         self._low: list[set[int]] = []
         self._whole_L = [1.0] * len(self.layers)  # share of the last steps that lacked nothing
+        self._left: float | None = None  # when all that the layer before lacked was there
         self._lost = False  # what the slots hold
         self._fill()
 
@@ -79,9 +84,12 @@ class OffloadedExperts:
             slots = DeviceSlots(bank, self.room.slots_L[at], self._mesh)
             held = self._at_first(at)
             for group in self._grouped(held):
+                start = time.perf_counter()
                 self.transfers.ask(layer, group, exact=True)
-                for expert in group:
-                    slots.put(held.index(expert), expert, self.transfers.take(layer, expert))
+                arrived = {expert: self.transfers.take(layer, expert) for expert in group}
+                self.worth.sent((time.perf_counter() - start) / len(group))
+                for expert, arrays in arrived.items():
+                    slots.put(held.index(expert), expert, arrays)
             policy = make_policy(self.config.policy, bank.experts)
             self._caches.append(SlotCache(self.room.slots_L[at], bank.experts, policy, held))
             self._slots.append(slots)
@@ -93,7 +101,7 @@ class OffloadedExperts:
         if self._lost:
             self._fill()
             self._lost = False
-        self._decodes = plan.shape.tokens == 0
+        self._decodes, self._left = plan.shape.tokens == 0, None
         if self._decodes:
             self._tokens += sum(len(works) for works in plan.rows)
         self.guesses.begin(plan)
@@ -124,8 +132,11 @@ class OffloadedExperts:
             probe_E: what the layer's program thinks of the next layer's choice; None: it does not.
         """
         layer, cache = self.layers[at], self._caches[at]
+        if self._left is not None:
+            self.worth.idle(self._decodes, time.perf_counter() - self._left)
         count_E = np.bincount(experts_TK[experts_TK >= 0], minlength=self.experts_L[at])
         needed = np.flatnonzero(count_E).tolist()
+        self.worth.chosen(at, needed)
         # What is there in fewer bits, and was guessed, is exact from now on.
         poor = self._poor(at, needed)
         better = [expert for expert in poor if self.transfers.guessed(layer, expert)]
@@ -260,6 +271,7 @@ class OffloadedExperts:
         """
         self.transfers.forget()
         self.guesses.forget()
+        self.worth.forget()
         self._lost = True
 
     def close(self) -> None:
@@ -275,7 +287,10 @@ class OffloadedExperts:
         return order[: self.room.slots_L[at]].tolist()
 
     def _guess(self, need: Need) -> None:
-        """Starts a guess for the next layer: as many experts as this one needs, at most."""
+        """Starts a guess for the next layer: as many experts as this one needs, at most.
+
+        Those that pay, if copies start at once; where threads read, what is asked for goes first.
+        """
         found = self.guesses.ahead(need.at)
         if found is None:
             return
@@ -285,6 +300,9 @@ class OffloadedExperts:
         like = len(need.held) + len(need.missing)
         best = np.argsort(-scores_E, kind="stable")[:like].tolist()
         lacking = self._caches[target].missing(best) + self._poor(target, best)
+        self.worth.expect(target, lacking)
+        if self.config.guesses == "paying" and not self.store.threaded:
+            lacking = lacking[: self.worth.count(self._decodes, len(lacking))]
         self.transfers.guess(self.layers[target], lacking)
 
     def _streamed(self, need: Need, computed: Callable[[], None]) -> Iterator[dict[int, Expert]]:
@@ -298,8 +316,11 @@ class OffloadedExperts:
         """
         layer, moved = need.layer, self.transfers.moved
         groups = self._grouped(need.missing)
+        alone = need.fits and not need.low and not self.transfers.guessing
+        start = time.perf_counter()
         if not groups:
             self._guess(need)
+            self._left = start
         for number, group in enumerate(groups):
             computed()
             for ahead in groups[number : number + 2]:
@@ -309,8 +330,11 @@ class OffloadedExperts:
             before = moved.stall_seconds
             arrived = {expert: self.transfers.take(layer, expert) for expert in group}
             self._stall[self._decodes] += moved.stall_seconds - before
+            self._left = time.perf_counter()
             yield arrived
             del arrived
+        if groups and alone and self._left is not None:
+            self.worth.sent((self._left - start) / len(need.missing))
         self.transfers.give_up(layer)
 
     def _keep(self, need: Need, group: dict[int, Expert]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moejax.errors import UserError
-from moejax.offload.config import FITTED, MissDtype, PredictorOfRuntime, StoreName
+from moejax.offload.config import FITTED, GuessesName, MissDtype, PredictorOfRuntime, StoreName
 from moejax.offload.policies import PolicyName
 from moejax.offload.sizes import parse_bytes
 
@@ -38,6 +38,8 @@ class OffloadFlags:
         offload_predictor: how experts are guessed that the next layer will need: `routers` applies
             its router early, `linear`, `coactivation`, `history` and `combined` need
             --offload-fits, the others go by what was chosen before.
+        offload_guesses: `paying`: those that are expected to save time, by how often they were
+            right and how long experts travel and layers compute; `all`: every one.
         offload_fits: file of `python -m moejax.offload`, of this model.
         prefetch_bytes: the most that guesses for one layer take, such as 1GB; as many experts as a
             token chooses if not given.
@@ -52,6 +54,7 @@ class OffloadFlags:
     offload_store: StoreName = "pinned"
     offload_policy: PolicyName = "lfu"
     offload_predictor: PredictorOfRuntime = "routers"
+    offload_guesses: GuessesName = "paying"
     offload_fits: File = ""
     prefetch_bytes: Size = ""
     offload_bonus: float = 0.0
@@ -77,6 +80,11 @@ class OffloadFlags:
             raise UserError(
                 f"--offload-predictor {self.offload_predictor}: needs --offload-fits FILE.npz, "
                 "which python -m moejax.offload MODEL FILE.npz writes; or choose routers"
+            )
+        if self.offload_guesses != "paying" and self.offload_predictor == "none":
+            raise UserError(
+                f"--offload-guesses {self.offload_guesses} with --offload-predictor none: nothing "
+                "is guessed there; leave one of them out"
             )
         if not self.offload_bonus >= 0:
             raise UserError(f"--offload-bonus {self.offload_bonus}: must be at least 0, exact")
@@ -105,6 +113,7 @@ class OffloadFlags:
             store=self.offload_store,
             policy=self.offload_policy,
             predictor=self.offload_predictor,
+            guesses=self.offload_guesses,
             fits=load_fits(self.offload_fits) if self.offload_fits else None,
             prefetch_bytes=parse_bytes(prefetch, "--prefetch-bytes") if prefetch else None,
             bonus=self.offload_bonus,

@@ -1,0 +1,80 @@
+"""Whether a guess is worth its transfer, by what was measured of guesses, transfers and layers.
+
+A device's copies from the host come one after the other, and one that has begun goes on to its end.
+So a guess that is right saves as much of its transfer as fits the time in which the link would have
+been idle, and a wrong one delays what the next layer lacks by the rest. Where experts are small all
+of a guess fits that time and it costs nothing; where one travels for as long as several layers
+compute, only guesses pay that are nearly always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+__all__ = ["Worth"]
+
+_TIME = 1 / 4  # weight of a time among those before it
+_RIGHT = 1 / 16  # of a guess
+
+
+class Worth:
+    """What is known of guesses; the first of a layer's are apart from the second, and so on.
+
+    Guesses are counted whether they are sent or not.
+
+    Args:
+        most: guesses for a layer, at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._right_R = [0.5] * most
+        self._each: float | None = None
+        self._idle: dict[bool, float] = {}
+        self._expected: dict[int, list[int]] = {}
+
+    def sent(self, seconds: float) -> None:
+        """An expert took so long to come while nothing else travelled."""
+        self._each = _mean(self._each, seconds)
+
+    def idle(self, decodes: bool, seconds: float) -> None:
+        """From the last weights of a layer to the choice of the next one it took so long.
+
+        Args:
+            decodes: in a step that decodes; others are kept apart.
+            seconds: the time.
+        """
+        self._idle[decodes] = _mean(self._idle.get(decodes), seconds)
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """These are absent and likely to be needed by a layer, the likeliest first."""
+        self._expected[layer] = [*experts][: len(self._right_R)]
+
+    def chosen(self, layer: int, experts: Collection[int]) -> None:
+        """A layer needs these."""
+        for rank, expert in enumerate(self._expected.pop(layer, ())):
+            self._right_R[rank] += _RIGHT * ((expert in experts) - self._right_R[rank])
+
+    def forget(self) -> None:
+        """Forgets what was expected, of a step that has failed."""
+        self._expected.clear()
+
+    def count(self, decodes: bool, most: int) -> int:
+        """How many guesses for the next layer pay: of some, the first ones.
+
+        Args:
+            decodes: in a step that decodes.
+            most: how many there are.
+        """
+        most = min(most, len(self._right_R))
+        idle = self._idle.get(decodes)
+        if self._each is None or idle is None:
+            return most
+        for rank, right in enumerate(self._right_R[:most]):
+            hidden = min(max(idle - rank * self._each, 0.0), self._each)
+            if right * hidden <= (1 - right) * (self._each - hidden):
+                return rank
+        return most
+
+
+def _mean(before: float | None, value: float) -> float:
+    return value if before is None else before + _TIME * (value - before)
