@@ -233,10 +233,10 @@ def test_a_failed_step(small, engine, prompts, monkeypatch):
     transfers = engine._offload.transfers
     take, count = transfers.take, iter(range(100))
 
-    def broken(layer, expert):
+    def broken(layer, expert, **how):
         if next(count) == 7:
             raise RuntimeError("the link is down")
-        return take(layer, expert)
+        return take(layer, expert, **how)
 
     monkeypatch.setattr(transfers, "take", broken)
     with pytest.raises(RuntimeError, match="link is down"):

@@ -113,6 +113,7 @@ def test_what_is_used(small, rng, alike):
             need = experts.arrive(at, experts_TK, probe_E)
             if need.fits and not alike:
                 weights, table_E = experts.into_slots(need)
+                experts.settle(need)
                 check(at, weights, np.asarray(table_E), used)
             else:
                 served = []
@@ -148,6 +149,7 @@ def test_nothing_is_missing(small, rng):
         experts.begin(SimpleNamespace(shape=SimpleNamespace(tokens=3), rows=[WORKS]))
         need = experts.arrive(at, random_choice(rng, 20), None)
         weights, _ = experts.into_slots(need)
+        experts.settle(need)
         for expert in range(E):
             for bank, array in zip(weights, small.store.expert(at, expert), strict=True):
                 np.testing.assert_array_equal(bank[expert], array)

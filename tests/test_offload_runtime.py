@@ -128,6 +128,7 @@ def test_all_that_is_needed_comes_once(small, rng, policy, alike):
             uses += len(wanted)
             if need.fits and not alike:
                 weights, table_E = experts.into_slots(need)
+                experts.settle(need)
                 slot_E = np.asarray(table_E)
                 assert all(slot_E[e] >= 0 for e in wanted)
                 check_weights(small, at, weights, slot_E, wanted)
@@ -206,6 +207,7 @@ def test_the_only_layer_is_not_guessed(rng):
         need = experts.arrive(0, random_choice(rng, 4), None)
         if need.fits:
             experts.into_slots(need)
+            experts.settle(need)
         else:
             for wave in experts.waves(need):
                 wave.done = jax.numpy.zeros(())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -73,6 +74,7 @@ class OffloadedExperts:
         self._low: list[set[int]] = []
         self._whole_L = [1.0] * len(self.layers)  # share of the last steps that lacked nothing
         self._left: float | None = None  # when all that the layer before lacked was there
+        self._asked, self._alone = 0.0, False  # when that was, and whether nothing else travelled
         self._lost = False  # what the slots hold
         self._fill()
 
@@ -166,16 +168,28 @@ class OffloadedExperts:
     def into_slots(self, need: Need) -> tuple[Expert, jax.Array]:
         """Puts what is missing into slots, for a step that needs no more than fit.
 
+        The last group may still travel: a program waits for it on the device. `settle` must be
+        called when that has been started.
+
         Returns:
             the slots' arrays, and where each expert is in them: int32 [E], −1 for absent.
         """
         cache = self._caches[need.at]
         keep = {*need.held, *need.missing}
         places = {expert: cache.admit(expert, keep) for expert in need.missing}
-        for group in self._streamed(need, lambda: None):
+        for group in self._streamed(need, self._wait, wait=False):
             for expert, arrays in group.items():
                 self._place(need, places[expert], expert, arrays)
+            group.clear()  # or its memory would be taken for one group longer
         return self.in_slots(need.at)
+
+    def settle(self, need: Need) -> None:
+        """Waits until all is there that `into_slots` has put into slots."""
+        if need.missing:
+            self._wait()
+        if need.missing and self._alone and self._left is not None:
+            self.worth.sent((self._left - self._asked) / len(need.missing))
+        self.transfers.give_up(need.layer)
 
     def waves(self, need: Need, *, alike: bool = False) -> Iterator[Wave]:
         """All that is needed, some at a time.
@@ -221,6 +235,7 @@ class OffloadedExperts:
             self._keep(need, group)
             last.weights = ()
             del group  # or its memory would be taken for one group longer
+        self.transfers.give_up(need.layer)
 
     def _grouped(self, experts: Sequence[int]) -> list[Sequence[int]]:
         size = self.room.wave
@@ -305,37 +320,45 @@ class OffloadedExperts:
             lacking = lacking[: self.worth.count(self._decodes, len(lacking))]
         self.transfers.guess(self.layers[target], lacking)
 
-    def _streamed(self, need: Need, computed: Callable[[], None]) -> Iterator[dict[int, Expert]]:
+    def _streamed(
+        self, need: Need, computed: Callable[[], None], *, wait: bool = True
+    ) -> Iterator[dict[int, Expert]]:
         """What is missing, in groups of W: while one is used, the next one travels.
 
         When nothing is left to be started, the guess for the next layer is.
 
         Args:
             need: of a layer.
-            computed: waits until the group before has been used.
+            computed: waits until the group before has been used, or is there.
+            wait: until a group is there.
         """
-        layer, moved = need.layer, self.transfers.moved
         groups = self._grouped(need.missing)
-        alone = need.fits and not need.low and not self.transfers.guessing
-        start = time.perf_counter()
+        self._alone = not need.low and not self.transfers.guessing
+        self._asked = self._left = time.perf_counter()
         if not groups:
             self._guess(need)
-            self._left = start
         for number, group in enumerate(groups):
             computed()
             for ahead in groups[number : number + 2]:
-                self.transfers.ask(layer, ahead)
+                self.transfers.ask(need.layer, ahead)
             if number == max(len(groups) - 2, 0):
                 self._guess(need)
-            before = moved.stall_seconds
-            arrived = {expert: self.transfers.take(layer, expert) for expert in group}
-            self._stall[self._decodes] += moved.stall_seconds - before
-            self._left = time.perf_counter()
+            with self._stalling():
+                arrived = {e: self.transfers.take(need.layer, e, wait=wait) for e in group}
             yield arrived
             del arrived
-        if groups and alone and self._left is not None:
-            self.worth.sent((self._left - start) / len(need.missing))
-        self.transfers.give_up(layer)
+
+    def _wait(self) -> None:
+        with self._stalling():
+            self.transfers.settle()
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """What the host waits for weights meanwhile counts for the steps of this kind."""
+        before = self.transfers.moved.stall_seconds
+        yield
+        self._stall[self._decodes] += self.transfers.moved.stall_seconds - before
+        self._left = time.perf_counter()
 
     def _keep(self, need: Need, group: dict[int, Expert]) -> None:
         """Puts streamed experts into slots, if they are worth it."""

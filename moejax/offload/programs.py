@@ -243,6 +243,7 @@ class OffloadedPrograms(StepPrograms):
             given = experts.into_slots(need)
             if done is None or need.missing:
                 done = self._go_on(layer, after, shape, routed, context, *given)
+            experts.settle(need)
             return done
         shape = self._tokens_of(shape)
         y_ND = self._program(_Key("nothing", shape, layer.kind))()

@@ -31,8 +31,11 @@ THREADS = 4
 class Coming(Protocol):
     """An expert on its way."""
 
-    def wait(self) -> Expert:
-        """Its arrays on the device, when they are there; once."""
+    def wait(self) -> None:
+        """Until it is there."""
+
+    def arrays(self) -> Expert:
+        """Its arrays on the device, which may still be on their way there; once."""
 
     def is_there(self) -> bool:
         """Whether nothing of it is under way any more."""
@@ -71,8 +74,11 @@ class _Copy:
     def __init__(self, arrays: Any) -> None:
         self._arrays = arrays
 
-    def wait(self) -> Expert:
-        return jax.block_until_ready(self._arrays)
+    def wait(self) -> None:
+        jax.block_until_ready(self._arrays)
+
+    def arrays(self) -> Expert:
+        return self._arrays
 
     def is_there(self) -> bool:
         return all(array.is_ready() for array in jax.tree.leaves(self._arrays))
@@ -91,10 +97,8 @@ class _LowCopy(_Copy):
         super().__init__(arrays)
         self._bank = bank
 
-    def wait(self) -> Expert:
-        # Until it is there: whoever waits is told how long it travelled.
-        arrays, self._arrays = jax.block_until_ready(self._arrays), ()
-        return restored(self._bank, arrays)
+    def arrays(self) -> Expert:
+        return restored(self._bank, self._arrays)
 
 
 class _AtOnce:
@@ -154,11 +158,14 @@ class _Reading:
             self._error = error
         self._done.set()
 
-    def wait(self) -> Expert:
+    def wait(self) -> None:
         self.hurry()
         self._done.wait()
         if self._error is not None:
             raise self._error
+
+    def arrays(self) -> Expert:
+        self.wait()
         arrays, self._arrays = self._arrays, None
         assert arrays is not None, "an expert is taken once"
         return arrays

@@ -60,9 +60,10 @@ class Transfers:
         self._asked: dict[tuple[int, int], Coming] = {}
         self._groups: dict[int, dict[int, Coming]] = {}
         self._vain: list[tuple[int, Coming]] = []
+        self._taken: list[Coming] = []  # and not waited for
         if low:  # compiles what makes experts of copies, before the first step
             for layer in {bank.shapes: layer for layer, bank in store.banks.items()}.values():
-                self._start(layer, 0, asked=True, low=True).wait()
+                self._start(layer, 0, asked=True, low=True).arrays()
 
     def ask(self, layer: int, experts: Iterable[int], *, exact: bool = False) -> None:
         """Starts what a layer lacks; what was guessed is under way already.
@@ -112,14 +113,32 @@ class Transfers:
         """Whether an expert is on its way, or there, because it was guessed."""
         return expert in self._groups.get(layer, ())
 
-    def take(self, layer: int, expert: int) -> Expert:
-        """An expert that was started, when it is there; the time until then is a stall."""
+    def take(self, layer: int, expert: int, *, wait: bool = True) -> Expert:
+        """An expert that was started.
+
+        Args:
+            layer, expert: which one.
+            wait: until it is there, which is a stall. If not, programs may be given it all the same
+                and wait on the device; `settle` waits then.
+        """
         guessed = self.guessed(layer, expert)
         coming = self._groups[layer].pop(expert) if guessed else self._asked.pop((layer, expert))
         start = time.perf_counter()
-        arrays = coming.wait()
+        if wait:
+            coming.wait()
+        arrays = coming.arrays()
         self.moved.stall_seconds += time.perf_counter() - start
+        if not wait:
+            self._taken.append(coming)
         return arrays
+
+    def settle(self) -> None:
+        """Waits until all that was taken is there; the time until then is a stall."""
+        start = time.perf_counter()
+        for coming in self._taken:
+            coming.wait()
+        self._taken.clear()
+        self.moved.stall_seconds += time.perf_counter() - start
 
     def give_up(self, layer: int) -> None:
         """Lets go of what was guessed for a layer and not taken."""
@@ -137,6 +156,7 @@ class Transfers:
         for coming in self._asked.values():
             coming.drop()
         self._asked.clear()
+        self._taken.clear()
 
     def close(self) -> None:
         """Lets go of everything, and ends threads."""
