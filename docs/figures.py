@@ -24,6 +24,7 @@ import figures_exchange
 import figures_faults
 import figures_groups
 import figures_inference
+import figures_layers
 import figures_layout
 import figures_offload
 import figures_placement
@@ -48,22 +49,6 @@ FORMATS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "dtype": ("computed in", str),
 }
 """Heading and format of each measure, in the order of the columns; others are not shown."""
-PREFILL = {
-    "mixtral_8x7b": "650 / 650",
-    "qwen3_30b_a3b": "550 / 470",
-    "sonic_fine": "590 / 580",
-}
-"""Shapes of the layer benchmark and the aims: TFLOP/s, fwd / fwd+bwd."""
-DECODE = {
-    "mixtral_b1": "0.26",
-    "mixtral_b16": "1.02",
-    "mixtral_b64": "1.02",
-    "qwen3_b16": "0.28",
-    "qwen3_b256": "0.44",
-}
-"""Likewise of decoding, ms."""
-ROUTING = ("router product", "top_k", "sorted_places", "rest of routing")
-KERNELS_PICTURE = "img/expert_kernels.svg"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -241,26 +226,10 @@ def expert_layer(routing: str) -> str:
     result = load(name)
     if result is None:
         return missing(name)
-    rows = [row for row in result["rows"] if row["routing"] == routing]
-    if not rows:
+    made = figures_layers.implementations(result, routing)
+    if made is None:
         return missing(name, f"has no rows of {routing} routing")
-    found = {(row["impl"], row["shape"], row["pass"]): row for row in rows}
-
-    def cell(impl: str, shape: str, which: str, key: str, form: str) -> str:
-        value = found.get((impl, shape, which), {}).get(key)
-        return "–" if value is None else format(value, form)
-
-    body = []
-    for impl in dict.fromkeys(row["impl"] for row in rows):
-        body.append([f"`{impl}`"])
-        for shape in PREFILL:
-            rates = [cell(impl, shape, which, "tflops", ".0f") for which in ("fwd", "fwdbwd")]
-            body[-1].append(" / ".join(rates))
-        body[-1] += [cell(impl, shape, "fwd", "ms", ".3f") for shape in DECODE]
-    if routing == "uniform":
-        body.append(["*aim*", *PREFILL.values(), *DECODE.values()])
-    headings = [*PREFILL, *(f"{shape}, ms" for shape in DECODE)]
-    return table(["implementation", *headings], body) + "\n" + source(result, name)
+    return table(*made) + "\n" + source(result, name)
 
 
 def expert_kernels() -> str:
@@ -269,62 +238,17 @@ def expert_kernels() -> str:
     result = load(name)
     if result is None:
         return missing(name)
-    parts = []
-    for title, which, shapes, digits, scale in (
-        ("Forward, ms", "fwd", PREFILL, 2, 1.0),
-        ("Forward and backward, ms", "fwdbwd", PREFILL, 2, 1.0),
-        ("Decode (forward), µs", "fwd", DECODE, 1, 1e3),
-    ):
-        rows = [r for r in result["rows"] if r["pass"] == which and r["shape"] in shapes]
-        if rows:
-            parts.append(f"{title}:\n\n{_kernel_table(rows, digits, scale)}\n")
-    if (ROOT / "docs" / KERNELS_PICTURE).is_file():
-        parts.append(f"![Predicted and measured time of each kernel]({KERNELS_PICTURE})\n\n")
+    made = figures_layers.kernels(result)
+    parts = [f"{title}:\n\n{table(*each)}\n" for title, each in made.items()]
+    picture = figures_layers.PICTURE
+    if (ROOT / "docs" / picture).is_file():
+        parts.append(f"![Predicted and measured time of each kernel]({picture})\n\n")
     return "".join(parts) + source(result, name)
-
-
-def _kernel_table(rows: list[dict[str, Any]], digits: int, scale: float) -> str:
-    """A row for each kernel, for each shape predicted / measured (TFLOP/s)."""
-    found = {(row["kernel"], row["shape"]): row for row in rows}
-    # The classes that are not predicted come last, whatever shape has them.
-    order = sorted(rows, key=lambda row: (row["predicted_ms"] is None, row["kernel"] == "other"))
-    kernels = dict.fromkeys(row["kernel"] for row in order)
-    shapes = dict.fromkeys(row["shape"] for row in rows)
-
-    def number(value: float | None) -> str:
-        if value is None:
-            return "–"
-        least = 10.0**-digits
-        return f"<{least:g}" if value * scale < least / 2 else f"{value * scale:.{digits}f}"
-
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
-        rate = "" if row["tflops"] is None or scale != 1.0 else f" ({row['tflops']:.0f})"
-        return f"{number(row['predicted_ms'])} / {number(row['ms'])}{rate}"
-
-    body = []
-    for kernel in kernels:
-        of_kernel = [found.get((kernel, shape)) for shape in shapes]
-        bounds = dict.fromkeys(row["bound"] for row in of_kernel if row and row["bound"])
-        title = kernel if " " in kernel or kernel == "other" else f"`{kernel}`"
-        body.append([title, ", ".join(bounds), *map(cell, of_kernel)])
-    totals, shares = [], []
-    for shape in shapes:
-        of_shape = [row for row in rows if row["shape"] == shape]
-        predicted = sum(row["predicted_ms"] or 0.0 for row in of_shape)
-        all_there = any(row["ms"] is not None for row in of_shape)
-        ms = sum(row["ms"] or 0.0 for row in of_shape) if all_there else None
-        totals.append(f"{number(predicted)} / {number(ms)}")
-        routing = sum(row["ms"] or 0.0 for row in of_shape if row["kernel"] in ROUTING)
-        shares.append(f"{routing / ms:.1%}" if ms else "–")
-    body += [["**sum**", "", *totals], ["routing in it", "", *shares]]
-    return table(["kernel", "bound by", *shapes], body)
 
 
 def compression_quality() -> str:
     """What compressed gradients cost, and its picture."""
-    text = of_exchange("compression_quality", figures_compression.quality)
+    text = made_from("compression_quality", figures_compression.quality)
     if not (ROOT / "docs" / figures_compression.PICTURE).is_file():
         return text
     return f"{text}\n![Held-out loss of each method]({figures_compression.PICTURE})\n"
@@ -332,13 +256,13 @@ def compression_quality() -> str:
 
 def compress() -> str:
     """What fewer experts cost, and its picture."""
-    text = of_exchange("compress", figures_compress.compress)
+    text = made_from("compress", figures_compress.compress)
     if not (ROOT / "docs" / figures_compress.PICTURE).is_file():
         return text
     return f"{text}\n![Bits per byte by size]({figures_compress.PICTURE})\n"
 
 
-def of_exchange(name: str, make: Callable[[dict[str, Any]], figures_exchange.Table]) -> str:
+def made_from(name: str, make: Callable[[dict[str, Any]], figures_exchange.Table]) -> str:
     """A table made from benchmarks/results/NAME.json."""
     result = load(name)
     return missing(name) if result is None else table(*make(result)) + "\n" + source(result, name)
@@ -349,31 +273,32 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reference_model": lambda: measured("reference_model"),
     "wire_quality": lambda: wire_quality(columns=False),
     "ep_schedule": ep_schedule,
-    "ep_layer": lambda: of_exchange("ep_layer_h200x4", figures_exchange.layer),
-    "ep_parts": lambda: of_exchange("ep_layer_h200x4", figures_exchange.parts),
-    "wire_training": lambda: of_exchange("wire_training", figures_exchange.trained_with_wires),
+    "ep_layer": lambda: made_from("ep_layer_h200x4", figures_exchange.layer),
+    "ep_parts": lambda: made_from("ep_layer_h200x4", figures_exchange.parts),
+    "wire_training": lambda: made_from("wire_training", figures_exchange.trained_with_wires),
     "compression_quality": compression_quality,
     "compress": compress,
-    "compress_200_steps": lambda: of_exchange("compress_200_steps", figures_compress.compress),
-    "groups_predicted": lambda: of_exchange("group_pairs", figures_groups.predicted),
-    "groups_measured": lambda: of_exchange("expert_groups_h100", figures_groups.measured),
-    "expert_weights": lambda: of_exchange("expert_weights_quality", figures_inference.quality),
-    "load_seconds": lambda: of_exchange("load_seconds", figures_inference.loading),
-    "inference": lambda: of_exchange("inference_h100", figures_inference.generation),
-    "decode_exchange": lambda: of_exchange("decode_exchange", figures_inference.decode_exchange),
-    "placement": lambda: of_exchange("placement", figures_placement.placements),
-    "placement_layers": lambda: of_exchange("placement_layers_h200x2", figures_placement.layers),
-    "locality": lambda: of_exchange("locality", figures_placement.locality),
-    "locality_trained": lambda: of_exchange("locality", figures_placement.locality_trained),
-    "offload_hits": lambda: of_exchange("offload_traces", figures_offload.hits),
-    "offload_recalls": lambda: of_exchange("offload_traces", figures_offload.recalls),
-    "offload_decoding": lambda: of_exchange("offload_h200", figures_offload.decoding),
-    "stream_kernels": lambda: of_exchange("stream_kernels", figures_training.stream_kernels),
-    "train_step": lambda: of_exchange("train_step_h100", figures_training.steps),
-    "unequal_groups": lambda: of_exchange("unequal_groups", figures_training.unequal_groups),
-    "kills": lambda: of_exchange("faults", figures_faults.kills),
-    "killed_runs": lambda: of_exchange("faults", figures_faults.runs),
-    "links": lambda: of_exchange("links_h200x4", figures_exchange.links),
+    "compress_200_steps": lambda: made_from("compress_200_steps", figures_compress.compress),
+    "groups_predicted": lambda: made_from("group_pairs", figures_groups.predicted),
+    "groups_measured": lambda: made_from("expert_groups_h100", figures_groups.measured),
+    "expert_weights": lambda: made_from("expert_weights_quality", figures_inference.quality),
+    "load_seconds": lambda: made_from("load_seconds", figures_inference.loading),
+    "inference": lambda: made_from("inference_h100", figures_inference.generation),
+    "decode_exchange": lambda: made_from("decode_exchange", figures_inference.decode_exchange),
+    "placement": lambda: made_from("placement", figures_placement.placements),
+    "placement_layers": lambda: made_from("placement_layers_h200x2", figures_placement.layers),
+    "locality": lambda: made_from("locality", figures_placement.locality),
+    "locality_trained": lambda: made_from("locality", figures_placement.locality_trained),
+    "offload_hits": lambda: made_from("offload_traces", figures_offload.hits),
+    "offload_recalls": lambda: made_from("offload_traces", figures_offload.recalls),
+    "offload_decoding": lambda: made_from("offload_h200", figures_offload.decoding),
+    "stream_kernels": lambda: made_from("stream_kernels", figures_training.stream_kernels),
+    "train_step_batches": lambda: made_from("train_step_h100_batches", figures_training.steps),
+    "train_step": lambda: made_from("train_step_h100", figures_training.steps),
+    "unequal_groups": lambda: made_from("unequal_groups", figures_training.unequal_groups),
+    "kills": lambda: made_from("faults", figures_faults.kills),
+    "killed_runs": lambda: made_from("faults", figures_faults.runs),
+    "links": lambda: made_from("links_h200x4", figures_exchange.links),
     "wire_columns": lambda: wire_quality(columns=True),
     "presets": presets,
     "techniques": lambda: table(*figures_techniques.techniques(load)),
