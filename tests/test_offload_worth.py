@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from draws import draws
-from offload_support import SOFTMAX, Offloaded, generate, prompts_of
+from offload_support import SOFTMAX, Offloaded, generate, prompts_of, swap
 
 from moejax.offload.config import OffloadConfig
 from moejax.offload.experts import OffloadedExperts
@@ -64,7 +64,8 @@ def test_texts_and_what_is_sent(slow, monkeypatch):
     """The same texts; guesses go where the link has time for them, and nowhere else."""
     small = Offloaded(SOFTMAX, draws(__name__))
     prompts = prompts_of(draws(__name__), 6)
-    want = generate(small.engine(small.experts(3, predictor="none"), max_len=32), prompts)
+    engine = small.engine(small.experts(3), max_len=32)
+    want = generate(engine, prompts)
     monkeypatch.setattr(Worth, "sent", lambda self, seconds: None)
     monkeypatch.setattr(Worth, "idle", lambda self, decodes, seconds: None)
     fill = OffloadedExperts._fill
@@ -77,6 +78,6 @@ def test_texts_and_what_is_sent(slow, monkeypatch):
     monkeypatch.setattr(OffloadedExperts, "_fill", known)
     config = OffloadConfig(guesses="paying")
     experts = small.model.experts(small.store, small.experts(3).room, config)
-    got = generate(small.engine(experts, max_len=32), prompts)
-    assert got == want
+    swap(engine, experts)
+    assert generate(engine, prompts) == want
     assert (experts.stats().guessed_bytes == 0) == slow
