@@ -17,7 +17,7 @@ def taught(each, idle, right, steps=400):
     worth.idle(True, idle)
     for step in range(steps):
         worth.expect(3, range(len(right)))
-        worth.chosen(3, [rank for rank, share in enumerate(right) if step % 10 < 10 * share])
+        worth.chosen(True, 3, [rank for rank, share in enumerate(right) if step % 10 < 10 * share])
     return worth
 
 
@@ -35,7 +35,7 @@ def test_what_pays_is_sent(rng):
         right = sorted(rng.choice([0.1, 0.3, 0.5, 0.7, 0.9], most).tolist(), reverse=True)
         each, idle = rng.uniform(0.1, 5, 2)
         worth = taught(each, idle, right)
-        learned = worth._right_R
+        learned = worth.right(True)
         np.testing.assert_allclose(learned, right, atol=0.3)
         gains = [saved(each, idle, learned, count) for count in range(most + 1)]
         assert gains[worth.count(True, most)] == pytest.approx(max(gains))
@@ -55,8 +55,8 @@ def test_nothing_is_known_at_first():
     assert worth.count(True, 5) == 2 and Worth(0).count(True, 5) == 0
     worth.expect(0, [1, 2, 3])
     worth.forget()
-    worth.chosen(0, [])
-    assert worth._right_R == [0.5, 0.5]
+    worth.chosen(True, 0, [])
+    assert worth.right(True) == worth.right(False) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("slow", [True, False])

@@ -72,9 +72,8 @@ class OffloadedExperts:
         self._slots: list[DeviceSlots] = []
         # Of each layer, experts that came to their slot in fewer bits; some may have left it.
         self._low: list[set[int]] = []
-        self._whole_L = [1.0] * len(self.layers)  # share of the last steps that lacked nothing
+        self._whole_L = [1.0] * len(self.layers)  # share of the last steps that decode
         self._left: float | None = None  # when all that the layer before lacked was there
-        self._asked, self._alone = 0.0, False  # when that was, and whether nothing else travelled
         self._lost = False  # what the slots hold
         self._fill()
 
@@ -92,6 +91,7 @@ class OffloadedExperts:
                 self.worth.sent((time.perf_counter() - start) / len(group))
                 for expert, arrays in arrived.items():
                     slots.put(held.index(expert), expert, arrays)
+                del arrived, arrays  # or their memory would be taken for one group longer
             policy = make_policy(self.config.policy, bank.experts)
             self._caches.append(SlotCache(self.room.slots_L[at], bank.experts, policy, held))
             self._slots.append(slots)
@@ -138,7 +138,7 @@ class OffloadedExperts:
             self.worth.idle(self._decodes, time.perf_counter() - self._left)
         count_E = np.bincount(experts_TK[experts_TK >= 0], minlength=self.experts_L[at])
         needed = np.flatnonzero(count_E).tolist()
-        self.worth.chosen(at, needed)
+        self.worth.chosen(self._decodes, at, needed)
         # What is there in fewer bits, and was guessed, is exact from now on.
         poor = self._poor(at, needed)
         better = [expert for expert in poor if self.transfers.guessed(layer, expert)]
@@ -151,7 +151,8 @@ class OffloadedExperts:
         uses.held += len(needed) - len(missing)
         uses.early += early
         uses.missed += len(missing) - early
-        self._whole_L[at] += _RECENT * ((not missing) - self._whole_L[at])
+        if self._decodes:
+            self._whole_L[at] += _RECENT * ((not missing) - self._whole_L[at])
         self.guesses.observe(at, experts_TK, probe_E)
         cache.policy.expect(self.guesses.again(at))
         cache.used(needed)
@@ -187,8 +188,6 @@ class OffloadedExperts:
         """Waits until all is there that `into_slots` has put into slots."""
         if need.missing:
             self._wait()
-        if need.missing and self._alone and self._left is not None:
-            self.worth.sent((self._left - self._asked) / len(need.missing))
         self.transfers.give_up(need.layer)
 
     def waves(self, need: Need, *, alike: bool = False) -> Iterator[Wave]:
@@ -333,8 +332,7 @@ class OffloadedExperts:
             wait: until a group is there.
         """
         groups = self._grouped(need.missing)
-        self._alone = not need.low and not self.transfers.guessing
-        self._asked = self._left = time.perf_counter()
+        self._left = time.perf_counter()
         if not groups:
             self._guess(need)
         for number, group in enumerate(groups):

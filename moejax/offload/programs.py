@@ -1,7 +1,9 @@
 """The compiled steps of a model whose experts lie on the host: a loop over layers, driven from it.
 
 A layer with experts is a program that attends and routes, the host's turn, and a program that
-computes the experts and adds them to the residual. Equal layers have the same programs: weights are
+computes the experts and adds them to the residual. Where all experts that a step can need fit the
+slots, the latter attends and routes in the next layer, too, and may begin before the host knows
+what was chosen. Equal layers have the same programs: weights are
 arguments, and where experts are is data, so nothing compiles anew when that changes.
 
 Where all experts that a step needs fit the slots, the second program is the resident layer's

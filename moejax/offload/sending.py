@@ -35,7 +35,10 @@ class Coming(Protocol):
         """Until it is there."""
 
     def arrays(self) -> Expert:
-        """Its arrays on the device, which may still be on their way there; once."""
+        """Its arrays on the device, which may still be on their way there; to be called once.
+
+        Their memory is free when this object is let go of, too.
+        """
 
     def is_there(self) -> bool:
         """Whether nothing of it is under way any more."""

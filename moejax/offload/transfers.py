@@ -104,11 +104,6 @@ class Transfers:
             self.moved.guessed_bytes += size * len(chosen)
         return len(chosen)
 
-    @property
-    def guessing(self) -> bool:
-        """Whether a guess may be on its way, or the rest of a wrong one."""
-        return bool(self._groups or self._vain)
-
     def guessed(self, layer: int, expert: int) -> bool:
         """Whether an expert is on its way, or there, because it was guessed."""
         return expert in self._groups.get(layer, ())

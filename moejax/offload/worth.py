@@ -20,14 +20,16 @@ _RIGHT = 1 / 16  # of a guess
 class Worth:
     """What is known of guesses; the first of a layer's are apart from the second, and so on.
 
-    Guesses are counted whether they are sent or not.
+    Guesses are counted whether they are sent or not, and those of steps that decode apart from
+    those of prompts, which need nearly everything.
 
     Args:
         most: guesses for a layer, at most.
     """
 
     def __init__(self, most: int) -> None:
-        self._right_R = [0.5] * most
+        self._most = most
+        self._right: dict[bool, list[float]] = {}
         self._each: float | None = None
         self._idle: dict[bool, float] = {}
         self._expected: dict[int, list[int]] = {}
@@ -47,12 +49,17 @@ class Worth:
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """These are absent and likely to be needed by a layer, the likeliest first."""
-        self._expected[layer] = [*experts][: len(self._right_R)]
+        self._expected[layer] = [*experts][: self._most]
 
-    def chosen(self, layer: int, experts: Collection[int]) -> None:
+    def chosen(self, decodes: bool, layer: int, experts: Collection[int]) -> None:
         """A layer needs these."""
+        right_R = self.right(decodes)
         for rank, expert in enumerate(self._expected.pop(layer, ())):
-            self._right_R[rank] += _RIGHT * ((expert in experts) - self._right_R[rank])
+            right_R[rank] += _RIGHT * ((expert in experts) - right_R[rank])
+
+    def right(self, decodes: bool) -> list[float]:
+        """Which share of guesses was right lately, by rank."""
+        return self._right.setdefault(decodes, [0.5] * self._most)
 
     def forget(self) -> None:
         """Forgets what was expected, of a step that has failed."""
@@ -65,11 +72,11 @@ class Worth:
             decodes: in a step that decodes.
             most: how many there are.
         """
-        most = min(most, len(self._right_R))
+        most = min(most, self._most)
         idle = self._idle.get(decodes)
         if self._each is None or idle is None:
             return most
-        for rank, right in enumerate(self._right_R[:most]):
+        for rank, right in enumerate(self.right(decodes)[:most]):
             hidden = min(max(idle - rank * self._each, 0.0), self._each)
             if right * hidden <= (1 - right) * (self._each - hidden):
                 return rank
