@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -224,6 +225,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--name", default="compress")
     return parser.parse_args(argv)
 
@@ -232,17 +234,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures all cases."""
     args = parse(argv)
     bench = Bench(args)
-    rows = [bench.row]
-    for case in [None, *args.cases]:
-        if case is not None:
-            rows.append(bench.case(case))
+    done: dict[str, dict[str, Any]] = {}
+
+    def add(case: str, row: dict[str, Any]) -> None:
         if args.steps:
-            control = rows[0]["finetuned_bits_per_byte"]
-            change = 100 * (rows[-1]["finetuned_bits_per_byte"] / control - 1)
-            rows[-1]["finetuned_delta_pct"] = change
-        print({k: v for k, v in rows[-1].items() if "pct" in k or k == "method"}, flush=True)
+            control = bench.row["finetuned_bits_per_byte"]
+            row["finetuned_delta_pct"] = 100 * (row["finetuned_bits_per_byte"] / control - 1)
+        print({k: v for k, v in row.items() if "pct" in k or k == "method"}, flush=True)
+        done[case] = row
+        rows = [done[c] for c in ("none", *args.cases) if c in done]
         sizes = {n: getattr(args, n) for n in ("tokens", "windows", "length", "steps", "batch")}
         write_results(args.name, rows, **sizes, learning_rate=args.learning_rate)
+
+    add("none", bench.row)
+    # Most of a case is numpy on one core, and compiling.
+    with ThreadPoolExecutor(args.jobs) as pool:
+        started = {pool.submit(bench.case, case): case for case in args.cases}
+        for one in as_completed(started):
+            add(started[one], one.result())
 
 
 if __name__ == "__main__":
