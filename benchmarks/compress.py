@@ -203,6 +203,7 @@ class Bench:
         more = {
             "experts": sum(numbers) / len(numbers),
             "experts_by_layer": numbers,
+            # Both with as many outputs a token as before.
             "used": sum(report.used for report in found.reports) / len(numbers),
             "layer_error": [round(report.error, 4) for report in found.reports],
             "compress_seconds": round(seconds, 1),

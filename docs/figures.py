@@ -279,6 +279,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "compression_quality": compression_quality,
     "compress": compress,
     "compress_200_steps": lambda: made_from("compress_200_steps", figures_compress.compress),
+    "compress_1000_steps": lambda: made_from("compress_1000_steps", figures_compress.compress),
     "groups_predicted": lambda: made_from("group_pairs", figures_groups.predicted),
     "groups_measured": lambda: made_from("expert_groups_h100", figures_groups.measured),
     "expert_weights": lambda: made_from("expert_weights_quality", figures_inference.quality),

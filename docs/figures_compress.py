@@ -11,7 +11,8 @@ PICTURE = "img/compress.svg"
 
 
 def name_of(case: str) -> str:
-    """A case as a sentence: `merge:48:merge.fit=each` is merged, `merge.fit=each`."""
+    """A case as a sentence: `merge:48:merge.fit=each@9` is merged, `merge.fit=each`, 9 outputs."""
+    case, _, outputs = case.partition("@")
     method, _, rest = case.partition(":")
     number, _, flags = rest.partition(":")
     names = {"none": "as it is", "merge": "merged", "prune": "pruned (REAP)", "share": "sharing"}
@@ -19,7 +20,7 @@ def name_of(case: str) -> str:
     words = names[method]
     if "saliency" in flags:
         words = "pruned"
-    return words + (f", `{flags}`" if flags else "")
+    return words + (f", `{flags}`" if flags else "") + (f", {outputs} outputs" if outputs else "")
 
 
 def compress(result: dict[str, Any]) -> Table:

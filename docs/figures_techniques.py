@@ -192,7 +192,8 @@ def _fewer(method: str) -> Callable[[Result], Told]:
     def tell(cases: Result) -> Told:
         row = one(cases, method=method)
         cost = f"bits/byte {row['delta_pct']:+.1f} %, trained {row['finetuned_delta_pct']:+.1f} %"
-        return f"{row['size_fraction']:.0%} of the parameters; time {NOT_MEASURED}", cost, CPU
+        gain = f"{row['size_fraction']:.0%} of the parameters; time {NOT_MEASURED}"
+        return gain, cost, "packaged model, H100"
 
     return tell
 
@@ -262,8 +263,8 @@ TECHNIQUES = (
         "Experts of 8 bits", "lossy", ("expert_layer_h100", "expert_weights_quality"), _eight_bits
     ),
     Technique("Rows of 8 bits", "lossy", ("expert_layer_h100",), _float8_rows),
-    Technique("Merged experts", "lossy", ("compress_200_steps",), _fewer("merge:48")),
-    Technique("Pruned experts", "lossy", ("compress_200_steps",), _fewer("prune:48")),
+    Technique("Merged experts", "lossy", ("compress_1000_steps",), _fewer("merge:48")),
+    Technique("Pruned experts", "lossy", ("compress_1000_steps",), _fewer("prune:48")),
     Technique("Experts that share", "model"),
     Technique("Experts side by side", "lossy"),
     Technique("One engine for all texts", "exact", ("inference_h100",), _engine),
