@@ -203,8 +203,8 @@ class Bench:
         more = {
             "experts": sum(numbers) / len(numbers),
             "experts_by_layer": numbers,
-            # Both with as many outputs a token as before.
-            "used": sum(report.used for report in found.reports) / len(numbers),
+            # Known with as many outputs a token as before.
+            "used": None if top_k else sum(r.used for r in found.reports) / len(numbers),
             "layer_error": [round(report.error, 4) for report in found.reports],
             "compress_seconds": round(seconds, 1),
         }

@@ -28,7 +28,8 @@ def compress(result: dict[str, Any]) -> Table:
     body = []
     for row in result["rows"]:
         trained, own = row.get("finetuned_delta_pct"), row["method"] == "none"
-        experts = "" if own else f"{row['experts']:g}, {row['used']:.2f}"
+        used = "" if own or row["used"] is None else f", {row['used']:.2f}"
+        experts = "" if own else f"{row['experts']:g}{used}"
         error = "" if own else f"{sum(row['layer_error']) / len(row['layer_error']):.1%}"
         size = f"{row['parameters'] / 1e6:.1f} M ({row['size_fraction']:.0%})"
         continued = "" if own else f"{row['exact_match']:.0%}, {row['same_tokens']:.0%}"

@@ -19,6 +19,7 @@ from compress_model_support import save, weights_of
     ("case", "said"),
     [
         ("merge:48", {"method": "merge", "experts": 48, "by_layer": False}),
+        ("merge:48@9", {"method": "merge", "experts": 48}),
         ("prune:32:by_layer=True", {"method": "prune", "experts": 32, "by_layer": True}),
     ],
 )
@@ -50,17 +51,24 @@ def test_rows_of_a_tiny_model(rng, tmp_path, monkeypatch):
     save(tmp_path / "model", weights_of(rng))
     written = []
     monkeypatch.setattr(compress, "write_results", lambda name, rows, **more: written.append(rows))
-    flags = "--cases merge:4 prune:4 --tokens 960 --windows 8 --prompts 2 --length 48 --steps 2"
-    compress.main(["--model", str(tmp_path / "model"), *flags.split(), "--batch", "2"])
+    flags = "--cases merge:4 merge:4@3 prune:4 --tokens 960 --windows 8 --prompts 2 --length 48"
+    flags += " --steps 2 --batch 2 --repeats 2 --jobs 2"
+    compress.main(["--model", str(tmp_path / "model"), *flags.split()])
     rows = written[-1]
-    assert [row["method"] for row in rows] == ["none", "merge:4", "prune:4"]
+    assert [row["method"] for row in rows] == ["none", "merge:4", "merge:4@3", "prune:4"]
+    merged, more = rows[1:3]
+    assert more["active_parameters"] > merged["active_parameters"]
+    assert more["compress_seconds"] == merged["compress_seconds"]  # done once
+    assert more["bits_per_byte"] != merged["bits_per_byte"]
     assert rows[0]["delta_pct"] == 0 and rows[0]["finetuned_delta_pct"] == 0
     for row in rows:
         assert np.isfinite([row["bits_per_byte"], row["finetuned_bits_per_byte"]]).all()
+        first, second = row["finetuned_bits_per_byte_each"]
+        assert first != second and row["finetuned_bits_per_byte"] == (first + second) / 2
         assert row["finetuned_bits_per_byte"] != row["bits_per_byte"]
     # A router of a merged model is larger than that of a pruned one, its experts are as many.
-    assert rows[2]["parameters"] < rows[1]["parameters"] < rows[0]["parameters"]
+    assert rows[3]["parameters"] < rows[1]["parameters"] < rows[0]["parameters"]
     headings, body = figures_compress.compress({"rows": rows})
-    assert len(body) == 3 and all(len(line) == len(headings) for line in body)
+    assert len(body) == 4 and all(len(line) == len(headings) for line in body)
     draw_compress.draw(rows).savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
