@@ -17,6 +17,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     else ""
 )
 
+# XLA's pool of threads has as many as there are devices. A collective holds a thread of each device
+# until all have come, and a program has several that are independent of each other: with more
+# threads, those that wait cannot keep out those that they wait for.
+os.environ.setdefault("NPROC", "32")
+
 import jax
 import numpy as np
 import pytest
